@@ -7,8 +7,8 @@ from typing import Any
 from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES, OTHERS
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.text import SPLITS, split_word
-from mmtransformer.data.formats.manifests import SUFFIXES
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
+from mmtransformer.data.formats.readers import SUFFIXES
 
 _PICTURES = (*IMAGES, *ARCHIVES, *COMPRESSED)
 

@@ -18,7 +18,7 @@ from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
-from mmtransformer.data.formats.manifests import SUFFIXES
+from mmtransformer.data.formats.readers import SUFFIXES
 from mmtransformer.data.hub_pairs import HubPairs, open_dataset
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.pair_files.index import find_kept

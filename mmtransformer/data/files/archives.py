@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from mmtransformer.data.files.endings import ARCHIVES, PACKED_TEXTS, TABLES, unpack_hint, unpacked
+from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint, unpacked
 from mmtransformer.data.files.members import Entry, list_tar, list_zip, pread
 from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
 
@@ -23,8 +23,7 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, 
 _OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 POINTER = "a Git LFS pointer (run `git lfs pull`)"
-_RECORDS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
-_MAY_POINT = (*ARCHIVES, *TABLES, *PACKED_TEXTS, *_RECORDS)
+_SINGLE = (*IMAGES, ".txt", ".caption")  # of one picture: read when it is asked for, so not opened when listed
 
 
 class FileError(ValueError):
@@ -262,7 +261,7 @@ class Files:
             info = item.stat()
             if not stat.S_ISREG(info.st_mode):
                 self.refused[nfc(path)] = "not a regular file"
-            elif item.name.lower().endswith(_MAY_POINT) and is_pointer(Path(item.path)):
+            elif not item.name.lower().endswith(_SINGLE) and is_pointer(Path(item.path)):
                 self.refused[nfc(path)] = POINTER
             elif item.name.lower().endswith(ARCHIVES) or unpack_hint(item.name):
                 self._open_archive(path, Path(item.path))

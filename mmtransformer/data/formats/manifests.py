@@ -1,4 +1,4 @@
-"""The formats that image-text pairs come in: which one a root holds, and a reader for each.
+"""The formats that image-text pairs come in, and which one a root holds; `readers` has a reader for each.
 
 - folder: pictures, each with a .txt, .caption or .json of the same name (cat.jpg, cat.txt or cat.ko.txt), one caption
   a line, beside it or in a folder beside its own
@@ -21,20 +21,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from mmtransformer.data.files.archives import MAX_BYTES, Files
-from mmtransformer.data.files.endings import IMAGES, OTHERS, PACKED_TEXTS, TABLES, TEXTS, UNREAD, plain_name
+from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, read_table, sniff, split_cells
+from mmtransformer.data.files.tables import find_columns, sniff, split_cells
 from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
-from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records
 from mmtransformer.data.formats.json_shapes import fits, json_shape
 from mmtransformer.data.formats.json_text import json_lines, load_json
-from mmtransformer.data.formats.lists import list_format, read_list
+from mmtransformer.data.formats.lists import list_format
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
-
-SUFFIXES = (*TEXTS, *PACKED_TEXTS, ".xlsx", ".parquet", *ARROW)
+from mmtransformer.data.formats.readers import BY_SUFFIX, SUFFIXES, image_ids
 
 
 class Manifest(NamedTuple):
@@ -42,7 +40,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         entry: The file.
-        format: One of `Format`, but for "auto".
+        format: One of `FORMATS`.
         split: The split that its own name says, if it is one of several.
     """
 
@@ -69,7 +67,12 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
     stems = {*names, *(name.rpartition("/")[2] for name in names)}
     for entry in files.entries:
         name = plain_name(entry.path)
-        if name.endswith(UNREAD) and not OTHERS.search(name) and nfc(entry.path).rpartition(".")[0] not in stems:
+        if (
+            name.endswith(UNREAD)
+            and not name.endswith(SUFFIXES)
+            and not OTHERS.search(name)
+            and nfc(entry.path).rpartition(".")[0] not in stems
+        ):
             kind = name[name.rfind(".") :]
             yield entry.path, f"{kind} is not read: if it holds the captions, save them as CSV, JSON or .xlsx"
         if (
@@ -132,7 +135,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
             raise ValueError(f"{path} holds no captions of a known format; name it: format=...")
         return [Manifest(files.asked, kind)]
     in_folders = [entry for entry in files.entries if entry.archive < 0]
-    beside = _ids(files)
+    beside = image_ids(files)
     found = _candidates(files, in_folders, 0, format, wanted)
     if not found:
         found = [m for group in _by_archive(files) for m in _candidates(files, *group, format, wanted)]
@@ -257,19 +260,15 @@ def _by_picture(files: Files, entry: Entry, wanted: Wanted, entries: Sequence[En
     named = isinstance(data, dict) and {str(key).rpartition("/")[2].rpartition(".")[0] for key in map(nfc, data)}
     if not named or stems & pictures or len(named & {stem.rpartition("/")[2] for stem in pictures}) * 2 < len(named):
         return None
-    shape = json_shape(data, wanted, _ids(files))
+    shape = json_shape(data, wanted, image_ids(files))
     return "json" if shape and shape.format == "json" and fits(shape.data, wanted) else None
 
 
 def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) -> str | None:
     """The format of a file by its name and its content; None if it is no manifest."""
     name = plain_name(entry.path)
-    if name.endswith(".parquet"):
-        return "parquet"
-    if name.endswith(ARROW):
-        return "arrow"
-    if name.endswith(".xlsx"):
-        return "excel"
+    if (known := next((suffix for suffix in BY_SUFFIX if name.endswith(suffix)), None)) is not None:
+        return BY_SUFFIX[known]
     if name.endswith(TABLES):
         return _table_format(files.read_text(entry)[:65536])
     if name.endswith((".jsonl", ".ndjson")):
@@ -284,7 +283,7 @@ def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) 
         return "csv" if alone or _has_columns(head, wanted) else None
     if not name.endswith(".json"):
         return "jsonl" if alone and files.read_text(entry)[:1] == b"{" else "csv" if alone else None
-    shape = json_shape(load_json(files, entry), wanted, _ids(files))
+    shape = json_shape(load_json(files, entry), wanted, image_ids(files))
     return shape and shape.format
 
 
@@ -303,39 +302,3 @@ def _has_columns(head: bytes, wanted: Wanted) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _ids(files: Files) -> set[str]:
-    """The names of all pictures, without their endings."""
-    names = (nfc(entry.path).rpartition("/")[2] for entry in files.entries)
-    return {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGES)}
-
-
-def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Columns | None, Iterator[ManifestRow]]:
-    """Opens a manifest of any format.
-
-    Returns:
-        The columns it is read by (None where the format fixes them), and its rows.
-    """
-    entry, name = manifest.entry, manifest.entry.path
-    if manifest.format == "csv":
-        return read_table(files.read_text(entry), name, wanted)
-    if manifest.format == "jsonl":
-        return read_records(json_lines(files.read_text(entry), name), name, wanted)
-    if manifest.format in ("flickr", "list"):
-        return None, read_list(files, entry)
-    if manifest.format in ("parquet", "arrow"):
-        return read_columnar(files, entry, wanted)
-    if manifest.format == "excel":
-        from mmtransformer.data.formats.excel import read_excel
-
-        return read_excel(files, entry, wanted)
-    shape = json_shape(load_json(files, entry), wanted, _ids(files))
-    if shape is None or shape.format != manifest.format:
-        raise ValueError(f"{name} is not {manifest.format}" + (f"; it looks like {shape.format}" if shape else ""))
-    if shape.format == "coco":
-        return None, read_coco(shape.data, name, wanted)
-    if shape.format == "karpathy":
-        return None, read_karpathy(shape.data, name)
-    place = f"{name}: {shape.key}" if shape.key else name
-    return read_records(((f"{place}[{i}]", item, "") for i, item in enumerate(shape.data)), place, wanted)

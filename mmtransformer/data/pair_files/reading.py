@@ -18,14 +18,11 @@ from mmtransformer.data.files.normalize import folder_splits, normalize_language
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import Columns, ManifestRow
 from mmtransformer.data.formats.folders import read_folder
-from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_manifest
+from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked
+from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
 from mmtransformer.serialization.printable import counted
-
-_TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
-           "arrow": "Arrow", "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
-           "excel": "Excel", "list": "list of pictures"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     manifests = find_manifests(files, read.format, read.wanted)
     images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
     reader = _Reader(images_in, read, progress)
-    said = [_TITLES["folder"]]
+    said = ["pictures with text files"]
     if manifests:
         listing = ", ".join(m.entry.path for m in manifests[:3])
         listing += f" and {len(manifests) - 3} more" if len(manifests) > 3 else ""
@@ -142,7 +139,7 @@ class _Reader:
 
     def read(self, files: Files, manifest: Manifest) -> Columns | None:
         """Reads a manifest; the columns that it is read by."""
-        columns, rows = read_manifest(files, manifest, self.how.wanted)
+        columns, rows = FORMATS[manifest.format].read(files, manifest.entry, self.how.wanted)
         rows = list(self._shown(rows, f"reading {manifest.entry.path}"))
         if (told := files.split_of(manifest.entry)) is not None:
             rows, self.rule = [row._replace(split=told) for row in rows], "by its files"
@@ -222,7 +219,7 @@ def _normalize_names(images: Sequence[Pair]) -> None:
 
 
 def _title(manifest: Manifest) -> str:
-    return "TSV" if plain_name(manifest.entry.path).endswith((".tsv", ".tab")) else _TITLES[manifest.format]
+    return "TSV" if plain_name(manifest.entry.path).endswith((".tsv", ".tab")) else FORMATS[manifest.format].title
 
 
 def _also(refused: dict[str, str]) -> str:

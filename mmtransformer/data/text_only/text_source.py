@@ -16,7 +16,8 @@ from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
 from mmtransformer.data.files.read_options import TextReadOptions, check_share
 from mmtransformer.data.files.text import lines, normalize_text
-from mmtransformer.data.formats.manifests import find_manifests, read_manifest
+from mmtransformer.data.formats.manifests import find_manifests
+from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.loading.source import Caption, PairSource
 from mmtransformer.serialization.printable import counted
@@ -165,7 +166,7 @@ class TextFiles:
             return
         report = Report()
         for manifest in manifests:
-            _, rows = read_manifest(files, manifest, self.read.wanted)
+            _, rows = FORMATS[manifest.format].read(files, manifest.entry, self.read.wanted)
             for row in rows:
                 report.rows += 1
                 for cause, what in row.errors:

@@ -5,13 +5,15 @@ import json
 import unicodedata
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mmtransformer.data.files.archives import Files
-from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.files.read_options import Format, ReadOptions
 from mmtransformer.data.files.shards import ShardError, Shards
 from mmtransformer.data.files.tables import Columns, find_columns, read_table
+from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairFiles
@@ -214,3 +216,9 @@ def test_columns_as_they_are_called_in_korea(header: str, tmp_path: Path) -> Non
     ending = "" if "번호" in header else ".png"
     (tmp_path / "a.csv").write_text("\n".join([header, *(f"{i}{ending},개 {i}" for i in range(4))]), "utf-8")
     assert "4 pictures, 4 captions" in PairFiles(tmp_path).describe()
+
+
+def test_every_format_has_a_reader_and_no_ending_two_formats() -> None:
+    assert {*get_args(Format)} == {"auto", "folder", *FORMATS}
+    endings = [suffix for format in FORMATS.values() for suffix in format.suffixes]
+    assert len(endings) == len(set(endings)) == len(BY_SUFFIX)

@@ -1,0 +1,87 @@
+"""The formats of files that name pictures and captions: a line each, with its title, endings and reader."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.endings import IMAGES, PACKED_TEXTS, TEXTS
+from mmtransformer.data.files.members import Entry
+from mmtransformer.data.files.names import nfc
+from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.tables import Columns, ManifestRow, read_table
+from mmtransformer.data.formats.columnar import read_columnar
+from mmtransformer.data.formats.excel import read_excel
+from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records
+from mmtransformer.data.formats.json_shapes import json_shape
+from mmtransformer.data.formats.json_text import json_lines, load_json
+from mmtransformer.data.formats.lists import read_list
+from mmtransformer.data.formats.parquet import ARROW
+
+Rows = tuple[Columns | None, Iterator[ManifestRow]]
+"""The columns that a file is read by (None where the format fixes them), and its rows."""
+
+
+class FileFormat(NamedTuple):
+    """A format of a file that names pictures and captions.
+
+    Attributes:
+        title: What people call it.
+        read: Opens a file, with the columns that the user named; a `ValueError` names the file, the fault and the
+            remedy.
+        suffixes: Endings of its files, in lower case, where no other format has them.
+    """
+
+    title: str
+    read: Callable[[Files, Entry, Wanted], Rows]
+    suffixes: tuple[str, ...] = ()
+
+
+def _csv(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+    return read_table(files.read_text(entry), entry.path, wanted)
+
+
+def _jsonl(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+    return read_records(json_lines(files.read_text(entry), entry.path), entry.path, wanted)
+
+
+def _list(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+    return None, read_list(files, entry)
+
+
+def _json(files: Files, entry: Entry, wanted: Wanted, *, format: str) -> Rows:
+    name = entry.path
+    shape = json_shape(load_json(files, entry), wanted, image_ids(files))
+    if shape is None or shape.format != format:
+        raise ValueError(f"{name} is not {format}" + (f"; it looks like {shape.format}" if shape else ""))
+    if format == "coco":
+        return None, read_coco(shape.data, name, wanted)
+    if format == "karpathy":
+        return None, read_karpathy(shape.data, name)
+    place = f"{name}: {shape.key}" if shape.key else name
+    return read_records(((f"{place}[{i}]", item, "") for i, item in enumerate(shape.data)), place, wanted)
+
+
+def image_ids(files: Files) -> set[str]:
+    """The names of all pictures, without their endings."""
+    names = (nfc(entry.path).rpartition("/")[2] for entry in files.entries)
+    return {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGES)}
+
+
+FORMATS: dict[str, FileFormat] = {
+    "csv": FileFormat("CSV", _csv),
+    "jsonl": FileFormat("JSONL", _jsonl),
+    "json": FileFormat("JSON", partial(_json, format="json")),
+    "coco": FileFormat("COCO captions", partial(_json, format="coco")),
+    "karpathy": FileFormat("Karpathy JSON", partial(_json, format="karpathy")),
+    "flickr": FileFormat("Flickr token file", _list),
+    "list": FileFormat("list of pictures", _list),
+    "parquet": FileFormat("Parquet", read_columnar, (".parquet",)),
+    "arrow": FileFormat("Arrow", read_columnar, ARROW),
+    "excel": FileFormat("Excel", read_excel, (".xlsx",)),
+}
+"""By the names of `Format`, but for "auto" and "folder"; `find_manifests` tells those without endings of their own."""
+
+BY_SUFFIX = {suffix: name for name, format in FORMATS.items() for suffix in format.suffixes}
+SUFFIXES = (*TEXTS, *PACKED_TEXTS, *BY_SUFFIX)
+"""How the names of files that may hold captions end."""
