@@ -85,6 +85,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
     """Prints the table, and writes it as ablation.json and ablation.png."""
+    from mmtransformer.metrics.scores import HEADLINE, TABLE
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.plots.comparison import save_comparison
 
@@ -96,7 +97,7 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
         lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
     say("\n" + "\n".join(lines))
     write_json(out / "ablation.json", table)
-    shown = [name for name in names if name.startswith(("facts", "BLEU-4", "CIDEr", "ROUGE"))]
+    shown = [name for name in names if name.startswith(("facts", *(TABLE[n].label for n in HEADLINE)))]
     bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
     logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}
     title = f"Bridges of {parameters / 1e6:.2f} million parameters"
@@ -111,6 +112,8 @@ def show(x: float) -> str:
 
 def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a run's metrics.json that are compared."""
+    from mmtransformer.metrics.scores import HEADLINE, TABLE
+
     found: dict[str, float] = {}
     for split, by in metrics.get("facts", {}).items():
         found |= {f"facts % {split} {language}": 100 * x for language, x in by.items()}
@@ -118,9 +121,8 @@ def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
         for split, by in metrics.get("captions", {}).items():
             for language, scores in by.items():
                 label = f"{split}" if language == "any" else f"{split} {language}"
-                names = {"bleu_4": "BLEU-4", "cider_d": "CIDEr-D", "rouge_l": "ROUGE-L"}
                 values = scores["values"]
-                found |= {f"{text} {label}": 100 * values[key] for key, text in names.items() if key in values}
+                found |= {f"{TABLE[n].label} {label}": TABLE[n].times * values[n] for n in HEADLINE if n in values}
     for split, losses in metrics.get("image_ablation", {}).items():
         found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
     training = metrics["training"]

@@ -1,8 +1,8 @@
 """All scores of a set of captions in one call, with confidence intervals, and a paired test of two runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,19 +15,36 @@ from mmtransformer.metrics.ptb import tokenize
 from mmtransformer.metrics.rouge import rouge_l
 from mmtransformer.serialization.printable import counted
 
-# How each score is written in a table, and what it is multiplied by there.
-TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
-    "rouge_l": ("ROUGE-L", 100),
-    "cider_d": ("CIDEr-D", 100),
-    "meteor": ("METEOR", 100),
-    "spice": ("SPICE", 100),
-    "distinct_1": ("distinct-1 %", 100),
-    "distinct_2": ("distinct-2 %", 100),
-    "repeated": ("repeated %", 100),
-    "vocabulary": ("vocabulary", 1),
-    "mean_length": ("mean length", 1),
-}
 
+class Score(NamedTuple):
+    """A line of the table of scores.
+
+    Attributes:
+        label: How it is written there.
+        times: What it is multiplied by there.
+        each: From the words of a caption and of its references to its score, if the set's score is the mean of these.
+    """
+
+    label: str
+    times: int = 100
+    each: Callable[[list[str], list[list[str]]], float] | None = None
+
+
+TABLE = {f"bleu_{n}": Score(f"BLEU-{n}") for n in range(1, 5)} | {
+    "rouge_l": Score("ROUGE-L", each=rouge_l),
+    "cider_d": Score("CIDEr-D"),
+    "meteor": Score("METEOR"),
+    "spice": Score("SPICE"),
+    "distinct_1": Score("distinct-1 %"),
+    "distinct_2": Score("distinct-2 %"),
+    "repeated": Score("repeated %"),
+    "vocabulary": Score("vocabulary", 1),
+    "mean_length": Score("mean length", 1),
+}
+"""All scores, as they are printed."""
+
+HEADLINE = ("bleu_4", "cider_d", "rouge_l")
+"""Those that stand above a gallery, and that `mmt ablate` compares."""
 
 # Characters of a caption that are scored. What is longer is no caption, and would take minutes and gigabytes.
 _MOST = 10_000
@@ -102,7 +119,7 @@ class CaptionScores:
                 f"only the first {_MOST:,} characters are scored of {counted(len(self.cut), 'picture')}: {some}"
             )
         for name, value in self.values.items():
-            label, times = TABLE[name]
+            label, times, _ = TABLE[name]
             if isinstance(value, str):
                 lines.append(f"{label:<13}{value}")
                 continue
@@ -162,8 +179,12 @@ def score_captions(
     counted = np.array([bleu_statistics(m, r) for m, r in zip(mine_split, theirs_split, strict=True)], float)
     parts = [
         Statistics(("bleu_1", "bleu_2", "bleu_3", "bleu_4"), counted, bleu),
-        _means("rouge_l", np.array([rouge_l(m, r) for m, r in zip(mine, theirs, strict=True)])),
         _means("cider_d", cider_d(mine_split, theirs_split)),
+        *(
+            _means(name, np.array([score.each(m, r) for m, r in zip(mine, theirs, strict=True)]))
+            for name, score in TABLE.items()
+            if score.each is not None
+        ),
     ]
     reasons: dict[str, float | str] = {}
     texts = [" ".join(words) for words in mine], [[" ".join(words) for words in refs] for refs in theirs]

@@ -18,7 +18,7 @@ from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.generation.captions import Prompts
 from mmtransformer.images import ImageError
-from mmtransformer.metrics.scores import TABLE
+from mmtransformer.metrics.scores import HEADLINE, TABLE
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.plots import (
@@ -155,11 +155,8 @@ def headline(evaluation: Evaluation) -> str:
     if not parts:
         for split, by in evaluation.captions.items():
             for code, scores in by.items():
-                n = scores.numbers
-                parts.append(
-                    f"{split}{'' if code == ANY else f' {code}'}: BLEU-4 {100 * n['bleu_4']:.1f}, "
-                    f"CIDEr-D {100 * n['cider_d']:.1f}, ROUGE-L {100 * n['rouge_l']:.1f}"
-                )
+                said = (f"{TABLE[name].label} {TABLE[name].times * scores.numbers[name]:.1f}" for name in HEADLINE)
+                parts.append(f"{split}{'' if code == ANY else f' {code}'}: " + ", ".join(said))
     return "; ".join(parts)
 
 
@@ -180,7 +177,7 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
         for code, scores in by.items():
             column = split if code == ANY else f"{split} {code}"
             for name, value in scores.values.items():
-                label, times = TABLE[name]
+                label, times, _ = TABLE[name]
                 figures = () if isinstance(value, str) else (value, *scores.intervals.get(name, ()))
                 shown = [f"{x * times:.1f}" for x in figures]
                 cell = f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0] if shown else None
