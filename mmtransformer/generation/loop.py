@@ -119,7 +119,11 @@ def stream(
 def decode_loop(
     model: GenerativeModel[BatchT], batch: BatchT, config: GenerationConfig, search: Search
 ) -> Iterator[Tensor]:
-    """Yields the tokens of every step (m), until all texts have ended or `max_new_tokens` are written."""
+    """Yields the tokens of every step (m), until all texts have ended or `max_new_tokens` are written.
+
+    Raises:
+        ValueError: if the model's scores are no numbers.
+    """
     writer: Any = model
     if config.guidance_scale != 1.0:
         writer = Guided(writer, config.guidance_scale)
@@ -133,6 +137,11 @@ def decode_loop(
             raise ValueError(
                 f"a {type(model).__name__} goes on from one token at least, and prompts have none"
             ) from error
+        if logits.numel() and not (best := logits.amax()).isfinite():
+            raise ValueError(
+                f"the model scores its first tokens with {best.item()}: its weights are damaged, or its numbers too "
+                "large for this precision; float32 holds the largest"
+            )
         for step in range(new):
             rows, tokens = search.advance(logits, step)
             yield tokens

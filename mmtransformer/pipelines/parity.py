@@ -1,7 +1,8 @@
 """How far a public captioner here is from transformers': pixels, prompts, logits and ids, picture by picture."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mmtransformer.pipelines.base import ImageLike
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.untrusted import said
 from mmtransformer.weights.adapters import is_adapter
 from mmtransformer.weights.families import FAMILIES, family_of
 
@@ -111,7 +113,8 @@ def compare(
     report = Parity(str(config["model_type"]) if family == "llava" else family)
     named = [(str(image), load(image)) for image in images] or [*_drawn().items()]
     for name, image in named:
-        given = asked(theirs, image, prompt, ours)
+        with _there(f"{folder}: transformers cannot read this prompt and picture"):
+            given = asked(theirs, image, prompt, ours)
         _stages(report, Path(name).name[-30:], ours, theirs[0], given, image, prompt, max_new_tokens, num_beams)
     return report
 
@@ -143,7 +146,9 @@ def _stages(
     report.rows.append((name, "prompt ids", _differ(shown, told), shown == told))
     with torch.no_grad():
         if given.forward is not None:
-            found, there = ours.model.prefill(batch)[0][0], model(**given.forward).logits[0, -1]
+            found = ours.model.prefill(batch)[0][0]
+            with _there("transformers' model cannot compute"):
+                there = model(**given.forward).logits[0, -1]
             far = ((found - there).abs().max() / there.abs().max()).item()
             report.rows.append((name, "logits", f"largest difference {far:.2g} of the largest", far <= TOLERANCE))
         for search, beams in (("greedy ids", 1), (f"ids of {num_beams} beams", num_beams)):
@@ -156,7 +161,8 @@ def _stages(
             if model.config.model_type != "blip":  # It gives its own ends by itself.
                 same["eos_token_id"] = list(ours.tokenizer.eos_ids)
             more = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": False, "early_stopping": False}
-            row = model.generate(**given.generate, **more, **same)[0]
+            with _there("transformers' model cannot generate"):
+                row = model.generate(**given.generate, **more, **same)[0]
             new = row.tolist()[len(given.prompt) :]
             ends = [i for i, token in enumerate(new) if token in ours.tokenizer.eos_ids]
             new = new[: ends[0]] if ends else new
@@ -179,16 +185,22 @@ def _theirs(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         raise ValueError("mmt parity needs transformers: pip install transformers") from error
     name = (config.get("architectures") or [""])[0]
     kind: Any = getattr(transformers, name, None) or transformers.AutoModelForImageTextToText
-    try:
+    with _there(f"{folder}: transformers cannot load it"):
         model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True).eval()
         if config["model_type"] == "vision-encoder-decoder":
             pixels = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             return model, (pixels, tokenizer)
         return model, transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # almost any comes out of a folder that transformers cannot read
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{folder}: transformers cannot load it, so there is nothing to compare: {said}") from error
+
+
+@contextmanager
+def _there(what: str) -> Iterator[None]:
+    """Where transformers works: almost any error comes out of a folder that it cannot read or run."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}, so there is nothing to compare: {said(error)}") from error
 
 
 Theirs = tuple[Any, Any]

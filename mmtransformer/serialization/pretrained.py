@@ -204,8 +204,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except SafetensorError as error:
         torchs = path.suffix in (".pt", ".pth", ".bin", ".ckpt")
-        hint = "; torch.load(..., weights_only=True) and safetensors.torch.save_file make one of torch's own" * torchs
-        raise ValueError(f"{path}: not a whole safetensors file: {error}{hint}") from error
+        hint = "torch.load(..., weights_only=True) and safetensors.torch.save_file make one of torch's own"
+        hint = hint if torchs else "copy or download it again"
+        raise ValueError(f"{path}: not a whole safetensors file: {error}; {hint}") from error
     refuse_nan(state, str(path))
     return state
 
@@ -245,7 +246,7 @@ def shapes_in(folder: Path) -> dict[str, Tensor]:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+            raise ValueError(f"{path}: not a whole safetensors file: {error}; copy or download it again") from error
     return shapes
 
 

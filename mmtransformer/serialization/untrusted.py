@@ -19,10 +19,13 @@ _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.r
            torch.logspace, torch.eye, torch.empty_strided}  # fmt: skip
 _RANDOM = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, trunc_normal_}
 _MOST_JSON = 1 << 28  # bytes; a tokenizer's largest has some tens of millions
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_NEVER_EMPTY = (".json", ".safetensors", ".bin", ".pt", ".model")
 
 
 def check_plain(path: Path) -> None:
-    """Refuses what cannot be the file of a model: a pipe, a device, a link that leads elsewhere, a file without end.
+    """Refuses what cannot be the file of a model: a pipe, a device, a link that leads elsewhere, a file without end,
+    an empty one, or the pointer that Git LFS leaves where it has not fetched a file.
 
     Links may lead to the folder itself, or, as in the hub's cache, from snapshots/REVISION/ to blobs/.
 
@@ -36,6 +39,15 @@ def check_plain(path: Path) -> None:
         raise ValueError(f"{path}: a link that leads out of its folder, to {path.resolve()}; put the file there itself")
     if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:
         raise ValueError(f"{path}: {size:,} bytes are too many for it ({_MOST_JSON:,} at most)")
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise ValueError(
+            f"{path}: a pointer of Git LFS in place of the file: run `git lfs pull` in {path.parent}, or download the "
+            f"file again"
+        )
+    if not start and path.suffix in _NEVER_EMPTY:
+        raise ValueError(f"{path}: an empty file; copy or download it again")
 
 
 def hints_of(kind: type) -> dict[str, Any]:

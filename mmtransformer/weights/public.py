@@ -17,7 +17,7 @@ from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, open_weights, read_json, read_safetensors, write_weights
 from mmtransformer.serialization.printable import json_text, markup
-from mmtransformer.serialization.untrusted import check_plain
+from mmtransformer.serialization.untrusted import built_from, check_plain
 from mmtransformer.serialization.uses import with_article
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
@@ -88,8 +88,9 @@ def open_captioner(
     family = captioner_family(folder)
     assert family is not None
     assert family.processor is not None
-    processor = family.processor(folder, **family.options(options))
-    generation = read_search(folder, prompt_len=processor.prompt_len, usual=processor.usual_search)
+    with built_from({}, str(folder)):
+        processor = family.processor(folder, **family.options(options))
+        generation = read_search(folder, prompt_len=processor.prompt_len, usual=processor.usual_search)
     captioner = family.load(folder, **family.options(options))
     processor.folder, processor.options = folder, options
     if not isinstance(captioner, Captioner):

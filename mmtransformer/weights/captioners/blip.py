@@ -94,7 +94,7 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     config = _with_usual(config)
     if not config.get("tie_word_embeddings", True):
         raise ValueError(f"{context}: tie_word_embeddings is false, and BLIP's head is tied to its embedding here")
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}  # old files' buffers
+    state = dict(state)
     vision = vision_from_blip2(config["vision_config"], _take(state, "vision_model.", keep=True), context)
     text, encoder, decoder = config["text_config"], None, None
     if words := _take(state, "text_encoder."):

@@ -232,8 +232,8 @@ def _whole_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / CONFIG}: {name} is {config[name]!r}, not a model's config")
     for name, defaults in _DEFAULTS.items():
         config[name] = defaults | config.get(name, {})
-    usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
-    config["text_config"] = usual | config.get("text_config", {})
+    text = {"model_type": "opt", **config.get("text_config", {})}
+    config["text_config"] = _LANGUAGE_DEFAULTS.get(text["model_type"], {}) | text
     return _USUAL | config
 
 

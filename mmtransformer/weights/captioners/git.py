@@ -82,7 +82,6 @@ def git_from_state(config: dict[str, Any], state: dict[str, Tensor], context: st
         ValueError: for a variant that differs in more than its sizes, or tensors that do not fit.
     """
     config = _DEFAULTS | config
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     tower = {"patch_size": 16, **(config.get("vision_config") or {}), "model_type": "clip_vision_model"}
     vision = vision_from_clip(tower, part(state, _VISION), f"{context}, vision tower", norm="tokens")
     # A head of its own stays its own, whatever the config says.
@@ -168,6 +167,8 @@ class GitProcessor(Processor):
     Args:
         folder: the model's folder.
     """
+
+    prompt_len = 1
 
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / CONFIG)

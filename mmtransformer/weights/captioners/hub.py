@@ -18,8 +18,10 @@ from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.conversation import messages_of
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import read_preprocessor
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends, read_start
+from mmtransformer.weights.shared.folders import check_safetensors
 
 PROMPT = "Describe the image concisely."
 """What a picture is captioned after, in a conversation."""
@@ -46,6 +48,7 @@ def load_hub(source: str | Path) -> HubCaptioner:
     """
     folder = find_folder(source)
     kind = read_json(folder / CONFIG).get("model_type")
+    check_safetensors(folder)
     transformers = _transformers(kind)
     say(f"{folder}: {kind} is no family of this library's own, so it runs in transformers", file=sys.stderr)
     try:
@@ -82,6 +85,7 @@ class HubProcessor(Processor):
 
     def __init__(self, folder: Path) -> None:
         self.kind = str(read_json(folder / CONFIG).get("model_type"))
+        tokenizer, _ = Tokenizer.from_pretrained(folder), read_preprocessor(folder)  # both say what is missing
         transformers = _transformers(self.kind)
         try:
             self.hub: Any = transformers.AutoProcessor.from_pretrained(
@@ -94,7 +98,7 @@ class HubProcessor(Processor):
         self.hub.tokenizer.padding_side = "left"
         self.talks = getattr(self.hub, "chat_template", None) is not None
         prompt = PROMPT if self.talks else _PLAIN.get(self.kind)
-        super().__init__(Tokenizer.from_pretrained(folder), _THUMB, eos_ids=read_ends(folder, *_PLACES), prompt=prompt)
+        super().__init__(tokenizer, _THUMB, eos_ids=read_ends(folder, *_PLACES), prompt=prompt)
         seq2seq = read_json(folder / CONFIG).get("is_encoder_decoder") or self.kind == "florence2"
         self.start = read_start(folder, *_PLACES) if seq2seq else None
 

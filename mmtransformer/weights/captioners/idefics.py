@@ -263,7 +263,7 @@ class IdeficsProcessor(Processor):
 
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / CONFIG)
-        side = config.get("vision_config", {}).get("image_size", 224)
+        side = (config.get("vision_config") or {}).get("image_size", 224)
         super().__init__(
             Tokenizer.from_pretrained(folder), read_pixels(folder, "Idefics", size=side), eos_ids=read_ends(folder)
         )
@@ -272,7 +272,7 @@ class IdeficsProcessor(Processor):
         marks = [self.encode(mark, special=False) for mark in (_FAKE, _IMAGE)]
         if [len(ids) for ids in marks] != [1, 1] or bos != config.get("bos_token_id", 1):
             raise ValueError(f"{folder}: the tokenizer has no {_FAKE} and {_IMAGE} as tokens, or another bos than <s>")
-        self.image_id = marks[1][0]
+        self.image_id, self.end_id = marks[1][0], self.encode(self.tokenizer.eos_token, special=False)[0]
 
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
         """Bos, picture, words; see `Processor`."""
@@ -283,8 +283,10 @@ class IdeficsProcessor(Processor):
         return self.complete(super().with_prompts(batch, texts))
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
-        """Rows with which text comes after the picture; see `Processor`."""
-        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1))
+        """Rows with which text comes after the picture, and sees it until another text begins; see `Processor`."""
+        ends = (batch.tokens == self.end_id) & batch.attention_mask
+        shown = (ends.cumsum(1) - ends.long()) == 0
+        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1) * shown)
 
 
 def save_idefics(model: Flamingo, folder: str | Path) -> None:
@@ -317,5 +319,5 @@ def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> V
         block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
         output=ViTOutputConfig("none"),
     )
-    unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
+    unread = ["post_layernorm.weight", "post_layernorm.bias"]
     return fill_vit(vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread)

@@ -142,15 +142,16 @@ class Idefics3Processor(ChatProcessor):
 
     def __init__(self, folder: Path) -> None:
         config = _USUAL | read_json(folder / CONFIG)
-        tower = USUAL[False] | _USUAL_VISION | config.get("vision_config", {})
+        tower = USUAL[False] | _USUAL_VISION | (config.get("vision_config") or {})
         side, factor = pair(tower["image_size"])[0], config["scale_factor"]
         stem = "SmolVLM" if config.get("model_type") == "smolvlm" else "Idefics3"
         transform, self.values = read_tiles(folder, stem, size=side)
         super().__init__(folder, transform, config["image_token_id"], prompt=PROMPT)
         self.count = (side // pair(tower["patch_size"])[0] // factor) ** 2
-        self.longest_edge = self.values["size"].get("longest_edge")
-        if not isinstance(self.longest_edge, int):
-            raise ValueError(f"{folder}: the image processor's size {self.values['size']} is no longest_edge")
+        size = self.values["size"]
+        if not isinstance(size, dict) or not isinstance(edge := size.get("longest_edge"), int):
+            raise ValueError(f"{folder}: the image processor's size {size!r:.80} is no longest_edge")
+        self.longest_edge = edge
 
     def prepare(self, image: Image) -> Any:
         """The pixels of its tiles, and their rows and columns; see `Processor`."""

@@ -27,7 +27,6 @@ from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 _PROJECTIONS = ("opt_proj", "llm_proj", "t5_proj")
 _COPIES = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
 _TOWERS = ("vision.", "decoder.")
-_BUFFERS = ("Qformer.bert.embeddings.position_ids",)
 _PATCHES = "visual_encoder.patch_embed.proj.weight"
 _WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
 _POSITIONS = "Qformer.bert.embeddings.position_embeddings.weight"
@@ -144,7 +143,7 @@ def blip2_qformer_from_lavis(
         if copy in state and not torch.equal(state[copy], state[name]):
             raise ValueError(f"{context}: {copy} differs from {name}, to which Blip2QFormer ties it")
     temperature = {"log_temperature": state.pop("temp").reshape(()).float().log()}
-    fill(model, _KEYS, state, context, ignored=_COPIES + _BUFFERS, kept=_TOWERS, extra=temperature)
+    fill(model, _KEYS, state, context, ignored=_COPIES, kept=_TOWERS, extra=temperature)
     return model.eval()
 
 
@@ -174,7 +173,7 @@ def blip2_from_lavis(
     if len(found) != 1:
         raise ValueError(f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one")
     model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_norm=True)
-    fill(model, _KEYS | {found[0]: "proj"}, state, context, ignored=_BUFFERS, kept=_TOWERS)
+    fill(model, _KEYS | {found[0]: "proj"}, state, context, kept=_TOWERS)
     return model.eval()
 
 

@@ -53,7 +53,9 @@ _CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate
 _SO400M = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14,
            "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False}  # fmt: skip
 _SIDES = range(384, 2305, 384)
-_USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted where a config.json does not say it.
+# What transformers takes for granted: these towers where a config.json says nothing of one; where it says some sizes of
+# its tower, the others are those of its kind (`clip.USUAL`).
+_USUAL: dict[str, dict[str, Any]] = {
     "llava": {"image_token_index": 32000, "vision_feature_select_strategy": "default", "vision_feature_layer": -2},
     "llava_next": {
         "image_token_index": 32000,
@@ -120,10 +122,9 @@ def _whole(config: Mapping[str, Any], context: str) -> dict[str, Any]:
     found = _USUAL[kind] | {name: value for name, value in config.items() if value is not None}
     if "image_token_id" in found:  # its newer name
         found["image_token_index"] = found["image_token_id"]
-    tower, usual = found.get("vision_config", {}), _SO400M if kind == "llava_onevision" else _CLIP_L
-    if tower.get("model_type", usual["model_type"]) == usual["model_type"]:
-        tower = usual | tower
-    return found | {"vision_config": dict(tower)}
+    usual = _SO400M if kind == "llava_onevision" else _CLIP_L
+    tower = {"model_type": usual["model_type"], **found.get("vision_config", usual)}
+    return found | {"vision_config": tower}
 
 
 def _tiles(config: Mapping[str, Any], context: str) -> TileConfig:

@@ -37,7 +37,8 @@ _LAYOUT = {
 PROMPT = "caption en"
 """The documented prompt of captioning: "caption", and the language."""
 
-# What transformers takes for granted where a config.json does not say it.
+# What transformers takes for granted where a config.json says nothing of a part; where it says some of its sizes, the
+# others are those of its kind.
 _VISION = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4096, "patch_size": 14,
            "image_size": 224, "num_hidden_layers": 27, "num_attention_heads": 16, "vision_use_head": False}  # fmt: skip
 _TEXT = {"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "intermediate_size": 16384,
@@ -56,11 +57,10 @@ def paligemma_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
     if (kind := config.get("model_type")) != "paligemma":
         raise ValueError(f'{context}: model_type is "{kind}", not "paligemma"')
     parts = sorted_out(state, _LAYOUT, context)
-    tower, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    if tower.get("model_type", "siglip_vision_model") == "siglip_vision_model":
-        tower = _VISION | tower
-    if text.get("model_type", "gemma") == "gemma":
-        text = _TEXT | text
+    tower, text = config.get("vision_config") or _VISION, config.get("text_config") or _TEXT
+    tower, text = {"model_type": "siglip_vision_model", **tower}, {"model_type": "gemma", **text}
+    if "head.probe" not in parts["vision"]:  # nobody reads it here, so some files leave it out
+        tower["vision_use_head"] = False
     vision = vision_from_clip(tower, parts["vision"], f"{context}, vision tower")
     tied = config.get("tie_word_embeddings", True)
     decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
@@ -139,16 +139,16 @@ class PaliGemmaProcessor(Processor):
 
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / CONFIG)
-        text = config.get("text_config") or {}
+        text, tower = config.get("text_config") or {}, config.get("vision_config") or {}
         said = (folder / GENERATION).exists() or "eos_token_id" in config | text
         super().__init__(
             Tokenizer.from_pretrained(folder),
-            read_pixels(folder, "Siglip", size=(_VISION | (config.get("vision_config") or {}))["image_size"]),
+            read_pixels(folder, "Siglip", size=tower.get("image_size", _VISION["image_size"])),
             eos_ids=read_ends(folder, "text_config") if said else (1,),
             prompt=PROMPT,
         )
-        self.encode, self.bos_id = PromptTokenizer(folder), text.get("bos_token_id", config.get("bos_token_id", 2))
+        self.encode = PromptTokenizer(folder)
 
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
         """Bos, the text and a line feed, read as one string; see `Processor`."""
-        return [self.bos_id, *self.encode(f"{text}\n", special=False)]
+        return [self.tokenizer.bos_id, *self.encode(f"{text}\n", special=False)]

@@ -40,7 +40,6 @@ DUAL_TYPES = tuple(_CLASSES)
 """`model_type` of the dual models that are known."""
 
 _TOWERS = tuple(f"{kind}_{tower}_model" for kind in DUAL_TYPES for tower in ("vision", "text"))
-_BUFFERS = ["text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"]  # of old files
 
 
 def dual_type(config: Mapping[str, Any], context: str) -> str:
@@ -83,7 +82,7 @@ def clip_from_transformers(
     model = CLIP(vision, text, embed_dim=embed_dim, text_bias=siglip, loss="sigmoid" if siglip else "softmax")
     rest = {n: t for n, t in state.items() if not n.startswith(("text_model.", "vision_model.")) or ".head." in n[:16]}
     scales = {name: rest.pop(name).reshape(()) for name in ("logit_scale", "logit_bias") if name in rest}
-    fill(model, _heads(siglip), rest, context, kept=("vision.", "text."), extra=scales, ignored=_BUFFERS)
+    fill(model, _heads(siglip), rest, context, kept=("vision.", "text."), extra=scales)
     return model.eval()
 
 

@@ -105,7 +105,7 @@ def text_from_transformers(
         norm_eps=said["layer_norm_eps"],
     )
     own = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    fill(text, _TOWER, own, context, ignored=["embeddings.position_ids"])
+    fill(text, _TOWER, own, context)
     return text
 
 

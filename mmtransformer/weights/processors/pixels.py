@@ -53,6 +53,8 @@ TILES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The same of those that cut pictures into tiles."""
 
+_SHORTEST = ("CLIP", "ChineseCLIP", "Bit", "Siglip", "Llava")
+"""Those to which a size of one number is the shortest edge."""
 _FILTERS: dict[Any, Literal["lanczos", "bilinear", "bicubic"]] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _OUTSIDE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False}
 
@@ -184,15 +186,20 @@ def _checked(folder: Path, kind: str, known: dict[str, dict[str, Any]]) -> tuple
             raise ValueError(f"{where}: {key} is {values[key]!r}; only {usual} is known here")
     if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise ValueError(f"{where}: rescale_factor is {values['rescale_factor']!r}, not 1/255")
+    for key in ("image_mean", "image_std"):
+        if isinstance(values[key], int | float):
+            values[key] = [values[key]] * 3
+        if not isinstance(values[key], list) or len(values[key]) != 3:
+            raise ValueError(f"{where}: {key} is {values[key]!r:.80}, not a number for each of red, green and blue")
     if values["resample"] not in _FILTERS:
         raise ValueError(f"{where}: resample is {values['resample']!r}; 1 (lanczos), 2, 3 (bicubic) are known here")
     return values, name, where
 
 
 def _size(value: Any, name: str, where: str) -> tuple[Literal["squash", "crop"], tuple[int, int]]:
-    """How a size is meant, and its height and width; one number is a square, or CLIP's shortest edge."""
+    """How a size is meant, and its height and width; one number is a square, or of some the shortest edge."""
     if isinstance(value, int):
-        return ("crop" if name in ("CLIP", "ChineseCLIP", "Bit") else "squash"), (value, value)
+        return ("crop" if name in _SHORTEST else "squash"), (value, value)
     if isinstance(value, dict) and isinstance(edge := value.get("shortest_edge"), int) and len(value) == 1:
         return "crop", (edge, edge)
     if isinstance(value, dict) and all(isinstance(value.get(side), int) for side in ("height", "width")):

@@ -65,7 +65,31 @@ def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
     return config
 
 
+def check_safetensors(folder: Path) -> None:
+    """Refuses a folder without safetensors, or without some that its index names, for a model that reads only those.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if (folder / _INDEX).is_file():
+        _places(folder, folder / _INDEX)
+    elif not any(folder.glob("*.safetensors")):
+        old = any((folder / name).exists() for name in (_OLD, _OLD_INDEX))
+        why = f"; of {_OLD} this family is not read: convert it to safetensors" if old else "; was it downloaded whole?"
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{why}")
+
+
 def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    places, tensors = _places(folder, index), dict[str, Tensor]()
+    for name in sorted(set(places.values())):
+        tensors |= read(folder / name)
+    if missing := sorted(set(places) - set(tensors)):
+        raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
+    return tensors
+
+
+def _places(folder: Path, index: Path) -> dict[str, str]:
+    """Which file has which tensor; all the files are there."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f'{index} has no "weight_map" from tensors to files')
@@ -78,12 +102,7 @@ def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
             f"{folder} lacks {len(lost)} of {counted(len(files), 'file')} that {index.name} names, {lost[0]} the "
             f"first: it was not downloaded whole"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        tensors |= read(folder / name)
-    if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
-    return tensors
+    return places
 
 
 def read_state(source: str | Path) -> tuple[dict[str, Tensor], str]:

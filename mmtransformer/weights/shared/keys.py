@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from mmtransformer.serialization.pretrained import load_strictly
 
+_BUFFERS = re.compile(r"(.+\.)?(position_ids|masked_bias|rotary_emb\.inv_freq)")
+"""What old files keep beside the tensors of any family: numbers that nobody learned."""
+_OLD = {".gamma": ".weight", ".beta": ".bias"}
+"""What the first BERTs call the two tensors of a LayerNorm."""
+
 
 @dataclass(frozen=True)
 class KeyMapping:
@@ -79,15 +84,16 @@ def convert(
 
     Args:
         table: the mappings of this model, from `key_mappings`.
-        source: the tensors by the other project's names; all must be used.
+        source: the tensors by the other project's names; all must be used, but for buffers of old files. "gamma" and
+            "beta" of old files' LayerNorms are their weight and bias.
         context: what they come from, for errors.
-        ignored: names that may be left over (buffers, tied copies).
+        ignored: names that may be left over (tied copies, a family's own buffers).
 
     Raises:
         ValueError: naming tensors that are missing there, or that the table does not know.
     """
     target: dict[str, Tensor] = {}
-    left, missing = dict(source), []
+    left, missing = {_new_name(name): tensor for name, tensor in source.items()}, []
     for row in table:
         tensor = left.pop(row.source, None)
         if tensor is None:
@@ -95,12 +101,17 @@ def convert(
             continue
         tensor = tensor.T if row.transposed else tensor
         target.update(zip(row.target, tensor.chunk(len(row.target)), strict=True))
-    unknown = sorted(set(left) - set(ignored))
+    unknown = sorted(name for name in set(left) - set(ignored) if not _BUFFERS.fullmatch(name))
     if missing or unknown:
         faults = [f"missing: {', '.join(missing[:5])} ({len(missing)} in all)"] * bool(missing)
         faults += [f"unknown: {', '.join(unknown[:5])} ({len(unknown)} in all)"] * bool(unknown)
         raise ValueError(f"{context} does not have this architecture's tensors; {'; '.join(faults)}")
     return target
+
+
+def _new_name(name: str) -> str:
+    kind = next((kind for kind in _OLD if name.endswith(f"LayerNorm{kind}")), None)
+    return name if kind is None else name.removesuffix(kind) + _OLD[kind]
 
 
 def fill(
@@ -121,7 +132,7 @@ def fill(
         keys: the table of the family.
         source: the tensors by the other project's names; all must be used.
         context: what they come from, for errors.
-        ignored: names that may be left over (buffers, tied copies).
+        ignored: see `convert`.
         kept: beginnings of names of the module's tensors that stay as they are.
         extra: tensors by the library's names that the table does not serve.
         transposed: see `key_mappings`.

@@ -59,13 +59,9 @@ _CLASSES = {  # by (pooler, mlm_head, nsp_head)
 
 
 def bert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's tensors with "bert." in front; the first releases call a norm's weight and bias gamma and beta."""
+    """BERT's tensors with "bert." in front."""
     prefix = "" if any(name.startswith("bert.") for name in state) else "bert."
-    new = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    return {
-        prefix + next((name.replace(k, v) for k, v in new.items() if name.endswith(k)), name): tensor
-        for name, tensor in state.items()
-    }
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextEncoder:
@@ -73,8 +69,7 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
 
     Args:
         config: BERT's configuration, as in its `config.json`.
-        state: tensors named as in `BertForPreTraining`, or as in `BertModel` (without "bert."); the first releases'
-            "gamma" and "beta" of norms are understood.
+        state: tensors named as in `BertForPreTraining`, or as in `BertModel` (without "bert.").
         context: what they come from, for errors.
 
     Raises:
@@ -99,8 +94,7 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
         nsp_head="cls.seq_relationship.weight" in state,
         dropout=config.get("hidden_dropout_prob", 0.1),
     )
-    buffers = [*_COPIES, "bert.embeddings.position_ids"]
-    fill(encoder, _KEYS, state, context, ignored=buffers)
+    fill(encoder, _KEYS, state, context, ignored=_COPIES)
     return encoder.eval()
 
 
@@ -187,8 +181,8 @@ def decoder_from_bert(
     positions = "bert.embeddings.position_embeddings.weight"
     types = state.pop("bert.embeddings.token_type_embeddings.weight", None)
     if types is not None and positions in state:
-        state[positions] = state[positions] + types[0]
-    fill(decoder, _DECODER, state, context, ignored=[*_COPIES, "bert.embeddings.position_ids"], kept=("lm_head.",))
+        state[positions] = state[positions].float() + types[0].float()  # of half precision no digit is lost
+    fill(decoder, _DECODER, state, context, ignored=_COPIES, kept=("lm_head.",))
     return decoder.eval()
 
 

@@ -81,7 +81,7 @@ def decoder_from_gemma(config: dict[str, Any], state: dict[str, Tensor], context
         logit_softcap=config["final_logit_softcapping"] if second else None,
         tied=config["tie_word_embeddings"],
     )
-    return fill_decoder(decoder, _KEYS | _NORMS[family], state, context, buffers=("rotary_emb.inv_freq",))
+    return fill_decoder(decoder, _KEYS | _NORMS[family], state, context)
 
 
 def _full_interval(config: dict[str, Any], context: str) -> int:

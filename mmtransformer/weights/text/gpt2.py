@@ -38,7 +38,7 @@ _SIZES = {
     "n_positions": "max_len",
 }
 _TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".crossattention.bias")
+_BUFFERS = (".attn.bias", ".crossattention.bias")
 
 
 def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:

@@ -81,8 +81,7 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context
         ),
         tied=config.get("tie_word_embeddings", family == "smollm3"),
     )
-    angles = ("rotary_emb.inv_freq",)  # of old checkpoints
-    return fill_decoder(decoder, _KEYS, state, context, buffers=angles)
+    return fill_decoder(decoder, _KEYS, state, context)
 
 
 def rope_of(config: dict[str, Any], context: str) -> tuple[float, dict[str, Any] | None]:

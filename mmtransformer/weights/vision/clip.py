@@ -47,7 +47,6 @@ SIGLIP = TOWER | {
     "head.mlp.fc[1,2]": "attn_pool.mlp.fc[1,2]",
 }
 POSITIONS, CLASS = "embeddings.position_embedding.weight", "embeddings.class_embedding"
-_IDS = ["embeddings.position_ids"]  # a buffer of old files
 
 TOWER_SIZES = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
                                               "num_attention_heads")}  # fmt: skip
@@ -112,7 +111,7 @@ def vision_from_clip(
         output=ViTOutputConfig(norm if clip else "tokens"),
     )
     keys, prefix = _keys(vit), [CLASS] * clip
-    return fill_vit(vit, keys, state, context, positions=POSITIONS, prefix=prefix, ignored=_IDS)
+    return fill_vit(vit, keys, state, context, positions=POSITIONS, prefix=prefix)
 
 
 def _keys(vit: ViT) -> dict[str, str]:

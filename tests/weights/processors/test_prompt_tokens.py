@@ -57,6 +57,21 @@ def bert(path: Path, **config: Any) -> None:
     said(path, "blip", tokenizer_class="BertTokenizer", **config)
 
 
+def otherwise(path: Path, backend: Tokenizer, model_type: str, **config: Any) -> None:
+    """A tokenizer.json that says otherwise than tokenizer_config.json, which is what transformers follows."""
+    backend.save(str(path / "tokenizer.json"))
+    said(path, model_type, **config)
+
+
+def cased() -> Tokenizer:
+    backend = word_pieces()
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return backend
+
+
 def added(path: Path, size: int) -> dict[str, Any]:
     """Tokens behind the vocabulary, as the published folders list them."""
     (path / "added_tokens.json").write_text(json.dumps({"<image>": size, "<extra>": size + 1}))
@@ -83,6 +98,15 @@ CASES: dict[str, Callable[[Path], None]] = {
     "llama, as a fast one": lambda path: llama(path, name="LlamaTokenizerFast"),
     "idefics names no class": lambda path: llama(path, "idefics", None),
     "llava takes the file as it is": lambda path: llama(path, "llava"),
+    "llava_onevision follows the class": lambda path: llama(path, "llava_onevision"),
+    "so does idefics3": lambda path: llama(path, "idefics3"),
+    "a bert's capitals": lambda path: otherwise(path, cased(), "git"),
+    "a bert's accents": lambda path: otherwise(
+        path, cased(), "x", tokenizer_class="BertTokenizer", strip_accents=False
+    ),
+    "a gpt2's space": lambda path: otherwise(
+        path, byte_level(["<|endoftext|>"]), "x", tokenizer_class="GPT2TokenizerFast", add_prefix_space=True
+    ),
     "a plain fast one": lambda path: llama(path, name="PreTrainedTokenizerFast"),
     "gpt2": gpt2,
     "opt: bos before a text": lambda path: gpt2(path, add_bos_token=True),
