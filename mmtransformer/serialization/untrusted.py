@@ -20,7 +20,7 @@ _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.r
 _RANDOM = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, trunc_normal_}
 _MOST_JSON = 1 << 28  # bytes; a tokenizer's largest has some tens of millions
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_NEVER_EMPTY = (".json", ".safetensors", ".bin", ".pt", ".model")
+_NEVER_EMPTY = (".json", ".safetensors", ".bin", ".pt")
 
 
 def check_plain(path: Path) -> None:

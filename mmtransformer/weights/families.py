@@ -190,7 +190,7 @@ def family_of(config: dict[str, Any]) -> str | None:
     if config.get("_class_name") in (DIT, PIXART):
         return "dit"
     kind = config.get("model_type")
-    if kind == "open_clip" and "multimodal_cfg" not in config.get("model_cfg", {}):
+    if kind == "open_clip" and "multimodal_cfg" not in (config.get("model_cfg") or {}):
         return None  # a dual encoder's
     return next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
 

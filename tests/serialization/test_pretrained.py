@@ -440,7 +440,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, kept: int) -> None:
     decoder().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+    fault = "not a whole safetensors file" if kept else "an empty file"
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {fault}.* download it again"):
         TextDecoder.from_pretrained(tmp_path)
 
 

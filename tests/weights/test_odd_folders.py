@@ -124,7 +124,7 @@ DAMAGE: dict[str, tuple[str, str | bytes, str]] = {
     "a pointer for a tokenizer": ("tokenizer.json", POINTER, "a pointer of Git LFS .*git lfs pull"),
     "empty weights": (WEIGHTS, b"", "an empty file; copy or download it again"),
     "an empty config": ("config.json", b"", "an empty file; copy or download it again"),
-    "weights cut short": (WEIGHTS, b"\x10\0\0\0\0\0\0\0{}", "not a whole safetensors file: .*; copy or download it again"),
+    "weights cut short": (WEIGHTS, b"\x10\0\0\0\0\0\0\0{}", "not a whole safetensors file: .* download it again"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtransformer.serialization.checksums import refuse_nan
 from mmtransformer.serialization.untrusted import check_plain, said
 
 _INSIDE = ("model", "state_dict", "model_state_dict", "module")
@@ -30,7 +31,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path}: not a file of torch 1.6 or later ({said(error)}): {remedy}") from error
+        raise ValueError(
+            f"{path}: cut short, or not a file of torch 1.6 or later ({said(error)}): download it again, or {remedy}"
+        ) from error
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > (
         path.stat().st_size
     ):
@@ -53,6 +56,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} is no plain tensor: {remedy}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims a shape of {tuple(tensor.shape)} beyond its bytes")
+    refuse_nan(tensors, str(path))
     return tensors
 
 

@@ -173,10 +173,11 @@ def test_what_is_bad_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFix
     config = tmp_path / "model/open_clip_config.json"
     said = json.loads(config.read_text())
     del said["model_cfg"]["multimodal_cfg"]
-    config.write_text(json.dumps(said))
-    code, _, err = mmt(capsys, *asked)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "open_clip_config.json: a dual encoder (open_clip), which does not caption" in err
+    for other in (said, {"model_cfg": None}):
+        config.write_text(json.dumps(other))
+        code, _, err = mmt(capsys, *asked)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "open_clip_config.json: a dual encoder (open_clip), which does not caption" in err
 
 
 def test_parity_is_for_what_transformers_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

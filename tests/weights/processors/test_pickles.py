@@ -60,7 +60,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds compressed parts"):
         read_pickle(path)
     path.write_bytes((tmp_path / "y.bin").read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"x\.bin"):
+    with pytest.raises(ValueError, match=r"x\.bin: cut short, .*: download it again"):
+        read_pickle(path)
+    torch.save({"a": torch.tensor([1.0, torch.nan])}, path)
+    with pytest.raises(ValueError, match=r"x\.bin: a has 1 numbers that are NaN, of 2"):
         read_pickle(path)
 
 
