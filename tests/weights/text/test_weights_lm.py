@@ -288,8 +288,8 @@ def folder(path: Path, name: str = "llama") -> tuple[Path, dict[str, Any]]:
         ({"rope_parameters": {"a": {"rope_type": "default"}, "b": None}}, "different rotary positions"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"rope_parameters": {"rope_type": "new"}}, 'unknown rope_type "new"'),
-        ({"hidden_size": "wide"}, "config cannot be read"),
-        ({"num_attention_heads": 0, "head_dim": None}, "config cannot be read"),
+        ({"hidden_size": "wide"}, "dim must be a whole number, not 'wide'"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_heads must be at least 1, not 0"),
         ({"model_type": ["llama"]}, 'nor "model_type"'),
         ({"num_hidden_layers": 2}, r"unknown: model\.layers\.2\..*\(9 in all\)"),
         ({"num_hidden_layers": 4}, r"missing: model\.layers\.3\..*\(9 in all\)"),
@@ -317,7 +317,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_lm(path)
     (path / "config.json").write_text(json.dumps(config))
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a file of torch 1\.6 or later"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: cut short, or not a file of torch 1\.6 or later"):
         load_lm(path)
     index = path / "model.safetensors.index.json"
     for text, message in (
