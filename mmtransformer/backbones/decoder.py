@@ -16,7 +16,14 @@ from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
 from mmtransformer.layers.cache import KeyValue
-from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig, check_sizes
+from mmtransformer.layers.config import (
+    AttentionConfig,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+    check_configs,
+    check_sizes,
+)
 from mmtransformer.layers.kernels import capped, linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
@@ -107,6 +114,8 @@ class TextDecoder(Pretrained, Decoder):
             vocab_size=vocab_size, dim=dim, num_heads=num_heads, max_len=max_len, mlp_dim=mlp_dim, cross_dim=cross_dim
         )
         check_sizes(0, depth=depth)
+        check_configs(attention=(attention, AttentionConfig), mlp=(mlp, MLPConfig), norm=(norm, NormConfig),
+                      positions=(positions, PositionConfig))  # fmt: skip
         if not 1 <= cross_layer_interval <= max(depth, 1):
             raise ValueError(f"cross_layer_interval ({cross_layer_interval}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads

@@ -18,7 +18,7 @@ from mmtransformer.backbones.patches import ConvStem, PatchEmbed, ViTPatchConfig
 from mmtransformer.backbones.vit_blocks import DistilledHead, ViTBlockConfig, ViTOutputConfig, make_block
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
-from mmtransformer.layers.config import check_sizes
+from mmtransformer.layers.config import check_configs, check_sizes
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
 from mmtransformer.layers.random_weights import trunc_normal_
@@ -89,6 +89,8 @@ class ViT(Pretrained, nn.Module):
         check_sizes(image_size=height, patch_size=patch_size, dim=dim, num_heads=num_heads, mlp_dim=mlp_dim)
         check_sizes(image_size=width)
         check_sizes(0, depth=depth, num_registers=num_registers, num_classes=num_classes)
+        check_configs(patches=(patches, ViTPatchConfig), block=(block, ViTBlockConfig), rope=(rope, ViTRopeConfig),
+                      output=(output, ViTOutputConfig))  # fmt: skip
         if height % patch_size or width % patch_size:
             raise ValueError(f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})")
         if pool not in ("class", "mean", "attention", "distilled"):

@@ -173,6 +173,8 @@ class Captioner(Pretrained, nn.Module, ABC):
         super().__init__()
         if train_norm and not freeze_vision:
             raise ValueError("train_norm is for a frozen vision encoder: in one that learns, its norm learns anyway")
+        if not hasattr(vision, "forward_features"):
+            raise TypeError(f"vision must be a vision encoder, such as a ViT, not {type(vision).__name__}")
         self.vision, self.freeze_vision, self.train_norm = vision, freeze_vision, train_norm
         if freeze_vision:
             freeze(vision)

@@ -223,7 +223,15 @@ def heatmap_of(
         said: What the model said of it.
         prompts: What made the prompt it was said after, if not plain ones.
         mark: Whether the plain prompt marks the picture.
+
+    Raises:
+        TypeError: of what is no `CaptionResult`, such as its text.
     """
+    if not isinstance(said, CaptionResult):
+        raise TypeError(
+            f"a heat map is of a CaptionResult, one of those in captioner(image)[0], not of {said!r:.80}: "
+            "it has the tokens that the model looked with"
+        )
     prompt = with_prompts(batch, tokenizer, [said.language], prompts, mark=mark)
     tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)

@@ -26,6 +26,21 @@ def check_sizes(least: int = 1, **sizes: int | None) -> None:
             raise ValueError(f"{name} must be at least {least}, not {size}")
 
 
+def check_configs(**given: tuple[object, type]) -> None:
+    """Refuses what is no settings object where one belongs, such as `positions="rotary"`.
+
+    Args:
+        given: by the argument's name, its value and the class that it has to be of.
+
+    Raises:
+        TypeError: naming the first, and what its class holds.
+    """
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            held = ", ".join(field.name for field in fields(kind) if field.init)
+            raise TypeError(f"{name} must be of {kind.__name__}({held}), not {value!r:.80}")
+
+
 def known_fields(kind: Kind) -> Kind:
     """A dataclass whose error for a keyword that it has not names the nearest that it has."""
     init: Any = kind.__init__

@@ -153,3 +153,18 @@ def test_more_tokens_at_least_than_at_most_are_refused() -> None:
 def test_sizes_that_are_none_are_named(make: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}$"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: lm(positions="rotary"), r"positions must be of PositionConfig\(kind, .*\), not 'rotary'"),
+        (lambda: lm(norm="rms"), r"norm must be of NormConfig\(kind, .*\), not 'rms'"),
+        (lambda: lm(attention={"qk_norm": "rms"}), r"attention must be of AttentionConfig\(.*qk_norm.*\), not \{"),
+        (lambda: ViT(16, 8, 24, 1, 2, patches="conv"), r"patches must be of ViTPatchConfig\(.*stem.*\), not 'conv'"),  # pyright: ignore
+        (lambda: VisionEncoderDecoder(lm(), ViT(16, 8, 24, 1, 2)), "vision must be .*, not TextDecoder"),  # pyright: ignore
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind_are_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        make()

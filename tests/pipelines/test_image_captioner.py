@@ -74,6 +74,11 @@ def test_a_drawn_caption_is_streamed_as_it_is_written() -> None:
         assert "".join(model.stream(picture, generation=drawn)) == model(picture, generation=drawn)[0][0].text
 
 
+def test_a_heat_map_is_of_a_caption_not_of_its_text() -> None:
+    with pytest.raises(TypeError, match=r"one of those in captioner\(image\)\[0\], not of 'a red star'"):
+        captioner().heatmap(images()[0], "a red star")  # pyright: ignore[reportArgumentType]
+
+
 def test_words_that_must_come_cannot_be_streamed() -> None:
     with pytest.raises(ValueError, match="force_words need beams"):
         next(captioner().stream(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
