@@ -2,22 +2,26 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+_IMPORT = re.compile(r"^    from (\S+) import (?:\(\s+)?(\w+) as \2\b", re.MULTILINE)
 
-def lazy(package: str, contents: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+
+def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """A package's `__getattr__`, `__dir__` and `__all__`: its public names, and the modules in it.
+
+    The names are those that its file imports for type checkers (`from module import name as name`): one list for both.
 
     Args:
         package: its dotted name.
-        contents: modules, dotted below the package, each with the names that the package has from it.
+        file: its `__init__.py`, whose text is read, as transformers does it.
     """
-    home = {name: module for module, names in contents.items() for name in names.split()}
+    home = {name: module for module, name in _IMPORT.findall(Path(file).read_text("utf-8"))}
 
     def modules() -> list[str]:
         found = (module.name for module in iter_modules(sys.modules[package].__path__))
@@ -25,7 +29,7 @@ def lazy(package: str, contents: Mapping[str, str]) -> tuple[Callable[[str], Any
 
     def get(name: str) -> Any:
         if name in home:
-            value = getattr(import_module(f"{package}.{home[name]}"), name)
+            value = getattr(import_module(home[name]), name)
         elif name[0] != "_" and name in modules():
             value = import_module(f"{package}.{name}")
         else:

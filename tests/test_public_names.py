@@ -1,7 +1,9 @@
 """What a user finds by looking: `dir`, submodules as attributes, reprs, and types for checkers."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,18 @@ def test_a_name_that_is_not_here_is_answered_with_the_nearest() -> None:
 
 def test_types_are_found() -> None:
     assert (ROOT / "mmtransformer" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "package", ["mmtransformer", "mmtransformer.weights", "mmtransformer.data", "mmtransformer.training"]
+)
+def test_what_type_checkers_see_is_there(package: str) -> None:
+    module = import_module(package)
+    tree = ast.parse(Path(str(module.__file__)).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted(map(str, seen)) == module.__all__
+    for name, home in seen.items():
+        assert getattr(module, str(name)) is getattr(import_module(str(home)), str(name))

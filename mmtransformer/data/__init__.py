@@ -36,29 +36,4 @@ if TYPE_CHECKING:
     from mmtransformer.data.text_only.texts import TextData as TextData
     from mmtransformer.data.translation import TranslationData as TranslationData
 
-# Where the public names are defined, floor by floor.
-_CONTENTS = {
-    "loading.features": "CacheFeatures",
-    "loading.module": "DataModule LoaderConfig Splits",
-    "loading.source": "Caption PairSource Pairs",
-    "files.read_options": "ReadOptions TextReadOptions",
-    "files.shards": "Shards",
-    "documents.documents": "PairDocuments",
-    "documents.interleaved": "InterleavedFiles",
-    "text_only.masked": "MaskedTextData",
-    "text_only.text_source": "CaptionTexts TextFiles",
-    "text_only.texts": "TextData",
-    "scenes.parallel": "SceneTranslations",
-    "scenes.scene_documents": "SceneDocuments",
-    "scenes.scenes": "Scenes",
-    "captions": "CaptionData",
-    "class_sources": "ImageFolder SceneShapes",
-    "classes": "ClassData",
-    "hub_pairs": "HubPairs",
-    "interleaved_data": "InterleavedData",
-    "mixture": "DocumentMixture Mixture",
-    "opening": "open_pairs",
-    "pairs": "PairFiles",
-    "translation": "TranslationData",
-}
-__getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -30,26 +30,4 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1 as QFormerStage1
     from mmtransformer.training.tasks.translation import Translation as Translation
 
-# Where the public names are defined, floor by floor.
-_CONTENTS = {
-    "evaluation.evaluation": "Evaluation evaluate",
-    "evaluation.report": "write_report",
-    "engine.checkpoints": "CheckpointError CheckpointFiles",
-    "engine.guard": "NonFiniteError",
-    "engine.optim": "Optim",
-    "engine.precision": "pick_precision",
-    "engine.run": "Run",
-    "engine.task": "Task",
-    "callbacks.progress": "Progress",
-    "callbacks.samples": "Samples",
-    "callbacks.saving": "Saving Stopped",
-    "tasks.captioning": "Captioning finetune",
-    "tasks.classification": "Classification",
-    "tasks.contrastive_learning": "ContrastiveLearning finetune_clip",
-    "tasks.image_generation": "ImageGeneration",
-    "tasks.language_modeling": "LanguageModeling",
-    "tasks.masked_language_modeling": "MaskedLanguageModeling",
-    "tasks.qformer_stage1": "QFormerStage1",
-    "tasks.translation": "Translation",
-}
-__getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -103,36 +103,4 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.vit import vision_from_vit as vision_from_vit
     from mmtransformer.weights.vision.vit import vision_to_vit as vision_to_vit
 
-# Where the public names are defined, floor by floor.
-_CONTENTS = {
-    "captioners.blip": "from_blip load_blip save_blip to_blip",
-    "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
-    "captioners.git": "load_git save_git to_git",
-    "captioners.hub": "load_hub save_hub",
-    "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
-    "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
-    "captioners.lavis": "blip2_from_lavis blip2_qformer_from_lavis load_lavis save_lavis to_lavis",
-    "captioners.llava": "llava_to_transformers load_llava save_llava",
-    "captioners.open_coca": "load_open_coca open_coca_to_open_clip save_open_coca",
-    "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
-    "captioners.paligemma": "load_paligemma paligemma_to_transformers save_paligemma",
-    "captioners.parts.qformer": "init_from_bert qformer_from_bert",
-    "captioners.vision_encoder_decoder": (
-        "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"
-    ),
-    "dual_encoders.dual": "clip_from_transformers clip_to_transformers load_clip save_clip",
-    "dual_encoders.open_clip": "clip_from_open_clip clip_to_open_clip save_open_clip",
-    "families": "FAMILIES Family families_for family_of",
-    "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
-    "text.gpt2": "decoder_to_gpt2",
-    "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
-    "vision.clip": "vision_from_clip vision_to_clip",
-    "vision.dino": "save_dino vision_from_dino vision_to_dino",
-    "vision.dit": "dit_from_diffusers dit_to_diffusers load_autoencoder load_dit save_dit",
-    "vision.eva": "vision_from_blip2 vision_to_blip2",
-    "vision.load": "load_vit save_vit",
-    "vision.siglip2": "save_siglip2 vision_from_siglip2 vision_to_siglip2",
-    "vision.timm": "ViTSettings from_timm to_timm vit_from_state",
-    "vision.vit": "save_transformers_vit vision_from_vit vision_to_vit",
-}
-__getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
