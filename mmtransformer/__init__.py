@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.base import Output as Output
     from mmtransformer.captioners.base import caption_loss as caption_loss
     from mmtransformer.captioners.base import freeze as freeze
-    from mmtransformer.captioners.blip import BlipITM as BlipITM
-    from mmtransformer.captioners.blip import BlipVQA as BlipVQA
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
     from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
     from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
@@ -52,6 +50,8 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.llava import Llava as Llava
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
+    from mmtransformer.captioners.public.blip import BlipITM as BlipITM
+    from mmtransformer.captioners.public.blip import BlipVQA as BlipVQA
     from mmtransformer.captioners.public.git import Git as Git
     from mmtransformer.captioners.public.open_coca import OpenCoCa as OpenCoCa
     from mmtransformer.captioners.public.paligemma import PaliGemma as PaliGemma

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmtransformer.captioners.blip import BlipVQA
+from mmtransformer.captioners.public.blip import BlipVQA
 from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.generation.loop import generate
 from mmtransformer.images import load

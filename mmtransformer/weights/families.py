@@ -15,11 +15,11 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.llava import Llava
+from mmtransformer.captioners.public.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.public.git import Git
 from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.captioners.public.open_coca import OpenCoCa
