@@ -30,19 +30,20 @@ EXAMPLES = {
 
 
 SPEEDS = {
-    "blip": "x1.74, x2.09; Zen 4 x1.10, x1.52; Zen 3 x1.12",
-    "vision-encoder-decoder": "Zen 4 x1.93, x1.93; Zen 3 x1.59",
+    "blip": "Zen 5 x1.80, x2.19 (auto x3.08, x3.68); Zen 4 x1.10, x1.52; Zen 3 x1.12",
+    "vision-encoder-decoder": "Zen 5 x2.54, x2.85 (auto x4.92, x5.56); Zen 4 x1.93, x1.93; Zen 3 x1.59",
     "blip2": "Zen 5 x1.57, x1.96",
     "smolvlm": "Zen 5 x1.74, x2.04",
     "llava": "x1.45, x1.58; Zen 5 x1.61, x1.52",
-    "git": "Zen 4 x1.14, x1.34; Zen 3 x1.07",
+    "git": "Zen 5 x1.94, x2.10 (auto x4.35, x4.07); Zen 4 x1.14, x1.34; Zen 3 x1.07",
     "idefics": "Zen 5 x1.27, x2.17",
     "paligemma": "Zen 5 x1.43, x1.83",
     "hub": "transformers' own",
     "open_coca": "not measured: open_clip's `generate` does not run beside transformers 5",
     "openflamingo": "not measured",
 }
-"""transformers' CPU time by ours, float32, one picture and eight: tests/benchmarks/README.md."""
+"""transformers' CPU time by ours, one picture and eight, float32 (and `dtype="auto"` beside float32): see
+tests/benchmarks/README.md."""
 
 
 HEAT_MAPS = {"hub": "no", "blip2": "yes, but of a T5"}
