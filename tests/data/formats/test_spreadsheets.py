@@ -107,7 +107,7 @@ def test_texts_beside_pictures_whose_names_are_spelt_in_the_other_unicode_form(t
         assert list(captions(root).values()) == [["고양이 1"]]
 
 
-@pytest.mark.parametrize("name", ["data/train-0.parquet", "t.csv", "photos.zip", "t.jsonl", "book.xlsx"])
+@pytest.mark.parametrize("name", ["data/train-0.parquet", "t.csv", "photos.zip", "t.jsonl", "book.xlsx", "t.own"])
 def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(POINTER)
