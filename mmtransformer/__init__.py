@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     from mmtransformer.losses.contrastive import itg_loss as itg_loss
     from mmtransformer.losses.contrastive import itm_loss as itm_loss
     from mmtransformer.losses.hard_negatives import hard_negatives as hard_negatives
-    from mmtransformer.losses.sigmoid import sigmoid_loss as sigmoid_loss
+    from mmtransformer.losses.sigmoid import siglip_loss as siglip_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
     from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
     from mmtransformer.pipelines.few_shot import FewShot as FewShot

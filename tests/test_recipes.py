@@ -78,7 +78,7 @@ def check_language_model(name: str, run: Path, out: str) -> None:
 
 def check_masked(name: str, run: Path, out: str) -> None:
     scores = json.loads((run / "metrics.json").read_text("utf-8"))["scores"]["val"]
-    assert scores.keys() >= {"words", "unigram_words", "bigram_words", "pairs"}
+    assert scores.keys() >= {"words", "unigram_words", "bigram_words", "nsp_accuracy"}
     assert f"bigrams {scores['bigram_words']:.1%}" in out
     assert "[" in (run / "filled.txt").read_text("utf-8")
     tokenizer = Tokenizer.from_pretrained(run / "model")

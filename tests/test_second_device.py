@@ -228,7 +228,7 @@ def test_a_step_waits_once_however_many_batches_it_has(kind: str, tmp_path: Path
         module: Captioning = Captioning(tiny.captioner())
     else:
         qformer = QFormer(3, 16, 1, 2, 24, vocab_size=tiny.VOCAB + 1, max_len=60)
-        module = QFormerStage1(Blip2QFormer(ViT(32, 8, 24, 1, 3), qformer, class_id=tiny.VOCAB))
+        module = QFormerStage1(Blip2QFormer(ViT(32, 8, 24, 1, 3), qformer, cls_token_id=tiny.VOCAB))
     with warnings.catch_warnings(), SecondDevice() as gpu:
         warnings.simplefilter("ignore")
         waits = Waits(gpu)

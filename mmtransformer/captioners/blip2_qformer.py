@@ -40,7 +40,7 @@ class Blip2QFormer(Captioner):
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         qformer: the Q-Former, built with a vocabulary.
         embed_dim: width e in which images and texts are compared.
-        class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
+        cls_token_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
             [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
         freeze_vision: see `Captioner`.
         train_norm: see `Captioner`.
@@ -56,7 +56,7 @@ class Blip2QFormer(Captioner):
         qformer: QFormer,
         *,
         embed_dim: int = 256,
-        class_id: int | None = None,
+        cls_token_id: int | None = None,
         freeze_vision: bool = False,
         train_norm: bool = False,
         init_temperature: float = 0.07,
@@ -68,12 +68,12 @@ class Blip2QFormer(Captioner):
             raise ValueError(
                 f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision encoder's dim ({vision.dim})"
             )
-        if class_id is not None and not 0 <= class_id < qformer.vocab_size:
-            raise ValueError(f"class_id ({class_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
+        if cls_token_id is not None and not 0 <= cls_token_id < qformer.vocab_size:
+            raise ValueError(f"cls_token_id ({cls_token_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
         if init_temperature <= 0:
             raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
         self.unread = (*self.unread, "image_mask")
-        self.qformer, self.embed_dim, self.class_id = qformer, embed_dim, class_id
+        self.qformer, self.embed_dim, self.cls_token_id = qformer, embed_dim, cls_token_id
         self.init_temperature = init_temperature
         dim = qformer.dim
         self.vision_proj = nn.Linear(dim, embed_dim)
@@ -130,9 +130,9 @@ class Blip2QFormer(Captioner):
 
     def classed(self, tokens: Tensor) -> Tensor:
         """Texts (n q) as they are compared and matched."""
-        if self.class_id is None:
+        if self.cls_token_id is None:
             return tokens
-        return torch.cat((torch.full_like(tokens[:, :1], self.class_id), tokens[:, 1:]), dim=1)
+        return torch.cat((torch.full_like(tokens[:, :1], self.cls_token_id), tokens[:, 1:]), dim=1)
 
     # ------------------------------------------------------------------------------------------------- training
 

@@ -21,7 +21,7 @@ from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, Outpu
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-from mmtransformer.losses.contrastive import clip_loss, image_ids, refuse_empty
+from mmtransformer.losses.contrastive import MAX_LOGIT_SCALE, clip_loss, image_ids, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 
@@ -128,7 +128,8 @@ class CoCa(Captioner):
         captions = next_token_loss(hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing)
 
         ids = image_ids(batch.names, batch.loss_mask)
-        contrast = clip_loss(self._image_vectors(pooled), texts, self.logit_scale, image_ids=ids)
+        scale = self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        contrast = clip_loss(self._image_vectors(pooled), texts, scale, image_ids=ids)
         tokens = all_gather_rows(captions.count[None]).double().mean()  # Of a process, in the mean.
 
         total = self.caption_weight * captions.sum

@@ -18,12 +18,19 @@ from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_froze
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
-from mmtransformer.losses.contrastive import Similarity, compare, image_ids, refuse_empty, softmax_loss, text_keys
+from mmtransformer.losses.contrastive import (
+    MAX_LOGIT_SCALE,
+    Similarity,
+    compare,
+    image_ids,
+    refuse_empty,
+    softmax_loss,
+    text_keys,
+)
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.losses.sigmoid import sigmoid_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
-_MOST_SCALE = math.log(100)  # CLIP's limit: a steeper softmax made its training unstable.
 _UNREAD = ("image_mask", "image_index", "first_image_index", "document_ids")
 
 
@@ -155,8 +162,9 @@ class CLIP(Pretrained, nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What similarities are multiplied by, at most 100."""
-        return self.logit_scale.clamp(max=_MOST_SCALE).exp() if self.loss == "softmax" else self.logit_scale.exp()
+        """What similarities are multiplied by; of a softmax at most `MAX_LOGIT_SCALE`."""
+        scale = self.logit_scale.exp()
+        return scale.clamp(max=MAX_LOGIT_SCALE) if self.loss == "softmax" else scale
 
     def forward(self, batch: CaptionBatch, *, gather_grad: bool = True) -> Output:
         """The loss of a batch, a mean over the global batch of all processes.

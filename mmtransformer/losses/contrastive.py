@@ -1,6 +1,6 @@
 """Losses of images with texts: contrastive, matching and generation, each importable alone.
 
-    loss = itc_loss(images, texts, temperature)             # (b l e), (n e): as many texts for every image
+    loss = itc_loss(image_features, text_features, temperature)  # (b l e), (n e): as many texts for every image
 
 They are means over the global batch of all processes, in the sense that data-parallel training asks for: the MEAN over
 the processes of what each returns is the loss of the global batch, and the mean of their gradients (what DDP computes)
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mmtransformer.losses.distributed import all_gather_rows, global_mean, row_offset, world_size
 from mmtransformer.losses.next_token import next_token_loss
+
+MAX_LOGIT_SCALE = 100.0
+"""The most that CLIP's softmax multiplies similarities by: a steeper one made its training unstable (section 2.5)."""
 
 # ---------------------------------------------------------------------------------------------- contrastive
 
@@ -104,8 +107,8 @@ def text_keys(tokens: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def compare(
-    images: Tensor,
-    texts: Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     *,
@@ -115,8 +118,8 @@ def compare(
     """Similarities of images and texts; of an image's vectors the one that is nearest to the text counts (BLIP-2).
 
     Args:
-        images: (b l e), or (b e), L2-normed.
-        texts: (n e), L2-normed.
+        image_features: (b l e), or (b e), L2-normed.
+        text_features: (n e), L2-normed.
         image_ids: (b) long, what image it is, anywhere in the global batch; None = all are different.
         text_ids: (n) long, the id of its image; None = each image has n / b texts, side by side.
         text_keys: (n) long, the same for the same text, see the function of this name: such texts belong to each
@@ -126,6 +129,7 @@ def compare(
     Raises:
         ValueError: if widths differ, or the texts cannot be shared out.
     """
+    images, texts = image_features, text_features
     images = images.unsqueeze(1) if images.ndim == 2 else images
     if images.ndim != 3 or texts.ndim != 2 or images.shape[-1] != texts.shape[-1]:
         shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
@@ -167,20 +171,20 @@ def contrastive_loss(similarity: Similarity, temperature: Tensor | float, *, lab
 
 
 def softmax_loss(
-    similarity: Similarity, scale: Tensor | float, *, label_smoothing: float = 0.0, hardness: float = 0.0
+    similarity: Similarity, logit_scale: Tensor | float, *, label_smoothing: float = 0.0, hardness: float = 0.0
 ) -> Tensor:
-    """`contrastive_loss` by its logits' scale, and with negatives that count the more, the more they are confused.
+    """`contrastive_loss` by a scale, and with negatives that count the more, the more they are confused.
 
     Args:
         similarity: from `compare`.
-        scale: what similarities are multiplied by, a scalar.
+        logit_scale: what similarities are multiplied by, a scalar.
         label_smoothing: share of the target that is spread over all candidates.
         hardness: the weights of a row's negatives are a softmax of their logits times this, 1 in the mean, and taken
             for constants (arXiv:2010.04592, eq. 4; of images and texts: arXiv:2301.02280); 0 = all count alike.
     """
     s = similarity
-    to_texts = s.of_images * scale, s.texts_of_images(), s.all_text_ids >= 0
-    to_images = s.of_texts * scale, s.images_of_texts(), s.all_image_ids >= 0
+    to_texts = s.of_images * logit_scale, s.texts_of_images(), s.all_text_ids >= 0
+    to_images = s.of_texts * logit_scale, s.images_of_texts(), s.all_image_ids >= 0
     return sum(_one_way(*way, label_smoothing, hardness) for way in (to_texts, to_images)) / 2  # pyright: ignore
 
 
@@ -204,8 +208,8 @@ def _one_way(logits: Tensor, same: Tensor, real: Tensor, smoothing: float, hardn
 
 
 def itc_loss(
-    images: Tensor,
-    texts: Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
     temperature: Tensor | float,
     *,
     image_ids: Tensor | None = None,
@@ -216,8 +220,8 @@ def itc_loss(
     """Image-text contrastive loss (ALBEF, arXiv:2107.07651; max over queries: BLIP-2, arXiv:2301.12597).
 
     Args:
-        images: (b l e), or (b e), L2-normed.
-        texts: (n e), L2-normed.
+        image_features: (b l e), or (b e), L2-normed.
+        text_features: (n e), L2-normed.
         temperature: what similarities are divided by, a scalar; BLIP-2 learns it from 0.07.
         image_ids: (b) long, what image it is; None = all are different.
         text_ids: (n) long, the id of its image; None = each image has n / b texts, side by side.
@@ -227,24 +231,29 @@ def itc_loss(
     Returns:
         A scalar.
     """
-    similarity = compare(images, texts, image_ids, text_ids, gather_grad=gather_grad)
+    similarity = compare(image_features, text_features, image_ids, text_ids, gather_grad=gather_grad)
     return contrastive_loss(similarity, temperature, label_smoothing=label_smoothing)
 
 
 def clip_loss(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None = None, gather_grad: bool = True
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_ids: Tensor | None = None,
+    gather_grad: bool = True,
 ) -> Tensor:
     """CLIP's symmetric loss (arXiv:2103.00020), also CoCa's: vectors (b e) and (n e), L2-normed.
 
     Args:
-        images: (b e).
-        texts: (n e), n / b for each image, side by side.
-        logit_scale: the log of what similarities are multiplied by, CLIP's; at most log 100 counts.
+        image_features: (b e).
+        text_features: (n e), n / b for each image, side by side.
+        logit_scale: what similarities are multiplied by, a scalar, as of open_clip's ClipLoss: not its logarithm,
+            which is what models learn, and which CLIP keeps below that of `MAX_LOGIT_SCALE`.
         image_ids: (b) long, what image it is; -1 = a padding sample, which takes no part; None = all are different.
         gather_grad: whether gradients reach the processes that candidates came from.
     """
-    temperature = logit_scale.clamp(max=4.605170185988092).neg().exp()
-    return itc_loss(images, texts, temperature, image_ids=image_ids, gather_grad=gather_grad)
+    return softmax_loss(compare(image_features, text_features, image_ids, gather_grad=gather_grad), logit_scale)
 
 
 def refuse_empty(attention_mask: Tensor) -> None:

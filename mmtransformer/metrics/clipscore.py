@@ -13,12 +13,12 @@ WEIGHT = 2.5
 """What the paper multiplies a cosine by, so that scores of CLIP ViT-B/32 lie between 0 and 1 (section 3)."""
 
 
-def clip_score(images: np.ndarray, captions: np.ndarray, *, weight: float = WEIGHT) -> np.ndarray:
+def clip_score(image_features: np.ndarray, text_features: np.ndarray, *, weight: float = WEIGHT) -> np.ndarray:
     """How well captions fit their pictures: w max(cos(c, v), 0), a caption each.
 
     Args:
-        images: The pictures' vectors (n d), of any length.
-        captions: The captions' vectors (n d).
+        image_features: The pictures' vectors (n d), of any length.
+        text_features: The captions' vectors (n d).
         weight: w; the paper's 2.5. torchmetrics' CLIPScore has 100.
 
     Returns:
@@ -27,21 +27,25 @@ def clip_score(images: np.ndarray, captions: np.ndarray, *, weight: float = WEIG
     Raises:
         ValueError: If the shapes differ, or a vector is 0 or not finite.
     """
-    v, c = _unit(images, "images"), _unit(captions, "captions")
+    v, c = _unit(image_features, "image_features"), _unit(text_features, "text_features")
     if v.shape != c.shape:
-        raise ValueError(f"images are {v.shape} and captions {c.shape}: give a vector each, of one width")
+        raise ValueError(f"image_features are {v.shape} and text_features {c.shape}: give a vector each, of one width")
     return weight * np.maximum((v * c).sum(1), 0.0)
 
 
 def ref_clip_score(
-    images: np.ndarray, captions: np.ndarray, references: Sequence[np.ndarray], *, weight: float = WEIGHT
+    image_features: np.ndarray,
+    text_features: np.ndarray,
+    reference_features: Sequence[np.ndarray],
+    *,
+    weight: float = WEIGHT,
 ) -> np.ndarray:
     """The harmonic mean of CLIPScore and of the largest cosine of a caption and one of its references, at least 0.
 
     Args:
-        images: The pictures' vectors (n d).
-        captions: The captions' vectors (n d).
-        references: For each picture the vectors of its references (r d), one at least.
+        image_features: The pictures' vectors (n d).
+        text_features: The captions' vectors (n d).
+        reference_features: For each picture the vectors of its references (r d), one at least.
         weight: As of `clip_score`; the cosine of texts is not weighted.
 
     Returns:
@@ -50,13 +54,13 @@ def ref_clip_score(
     Raises:
         ValueError: As `clip_score`, or if a picture has no reference.
     """
-    seen, c = clip_score(images, captions, weight=weight), _unit(captions, "captions")
-    if len(references) != len(c):
+    seen, c = clip_score(image_features, text_features, weight=weight), _unit(text_features, "text_features")
+    if len(reference_features) != len(c):
         raise ValueError(
-            f"there are references of {counted(len(references), 'picture')}, and {counted(len(c), 'caption')}"
+            f"there are references of {counted(len(reference_features), 'picture')}, and {counted(len(c), 'caption')}"
         )
     said = np.zeros(len(c))
-    for i, some in enumerate(references):
+    for i, some in enumerate(reference_features):
         if len(some) == 0:
             raise ValueError(f"picture {i} has no reference; give one at least, or take clip_score")
         said[i] = max(float((_unit(some, f"references of picture {i}") @ c[i]).max()), 0.0)

@@ -25,7 +25,7 @@ def model(**options: Any) -> Blip2QFormer:
     qformer = QFormer(
         3, 20, 3, 4, visual_dim=12, cross_attention_frequency=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0
     )
-    options = {"embed_dim": 7, "class_id": CLASS, "init_temperature": 0.9} | options  # soft: negatives vary
+    options = {"embed_dim": 7, "cls_token_id": CLASS, "init_temperature": 0.9} | options  # soft: negatives vary
     found = Blip2QFormer(ViT((16, 24), 8, 12, 1, 3), qformer, **options)
     for parameter in found.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -209,7 +209,7 @@ def test_temperature_starts_where_it_is_told() -> None:
     [
         ({"qformer": QFormer(3, 20, 2, 4, visual_dim=12)}, "needs a Q-Former with a text stream"),
         ({"vision": ViT(16, 8, 24, 1, 3)}, r"visual_dim \(12\) must be the vision encoder's dim \(24\)"),
-        ({"class_id": 53}, r"class_id \(53\) must be one of the Q-Former's 53 ids"),
+        ({"cls_token_id": 53}, r"cls_token_id \(53\) must be one of the Q-Former's 53 ids"),
         ({"init_temperature": 0.0}, r"init_temperature \(0.0\) must be above 0"),
         ({"train_norm": True}, "train_norm is for a frozen vision encoder"),
     ],

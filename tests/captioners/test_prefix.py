@@ -1,5 +1,6 @@
 """PrefixCaptioner and CoCa: by definition, cached as uncached, batched as one by one, and what they refuse."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,16 @@ def test_coca_by_definition() -> None:
         torch.testing.assert_close(texts[n], vector, atol=1e-5, rtol=1e-5)
         seen = model.image_proj(model.contrast_pool(pooled)[0, 0])
         torch.testing.assert_close(images[n // 2], F.normalize(seen, dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_cocas_scale_is_learned_as_a_logarithm_and_limited_to_100() -> None:
+    model, given = coca(), batch()
+    losses = []
+    for scale in (100.0, 900.0, 50.0):
+        model.logit_scale.data.fill_(math.log(scale))
+        losses.append(float(model(given).terms["contrast"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0] - losses[2]) > 0.1
 
 
 def test_coca_trains_on_both_losses() -> None:

@@ -150,7 +150,8 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     words = [
         f"--data.source={images}", f"--model.captioner.vision.source={vit}",
         f"--model.captioner.qformer.source={bert}",
-        "--model.captioner.qformer.visual_dim=64", f"--model.captioner.class_id={WORDS}", f"--data.tokenizer={bert}",
+        "--model.captioner.qformer.visual_dim=64", f"--model.captioner.cls_token_id={WORDS}",
+        f"--data.tokenizer={bert}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("PATH", "")

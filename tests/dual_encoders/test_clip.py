@@ -105,6 +105,13 @@ def test_the_loss_is_its_definition(loss: str, hardness: float) -> None:
     assert abs(float(clip(other).loss) - by_hand(clip, other, hardness)) < 1e-12
 
 
+def test_what_multiplies_is_limited_in_a_softmax_only() -> None:
+    for loss, most in (("softmax", 100.0), ("sigmoid", 150.0)):
+        clip = model(loss)
+        clip.logit_scale.data.fill_(math.log(150.0))
+        assert clip.scale.item() == pytest.approx(most)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from mmtransformer.losses.contrastive import (
 )
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.hard_negatives import hard_negatives, hard_pairs, pair_noise
-from mmtransformer.losses.sigmoid import sigmoid_loss
+from mmtransformer.losses.sigmoid import siglip_loss, sigmoid_loss
 
 
 def unit(*shape: int) -> Tensor:
@@ -76,13 +76,26 @@ def test_texts_stand_beside_their_image_unless_ids_say_otherwise() -> None:
 
 
 def test_clip_loss_is_the_mean_of_two_cross_entropies() -> None:
-    images, texts, scale = unit(7, 5), unit(7, 5), torch.tensor(1.7, dtype=torch.float64)
-    logits = scale.exp() * images @ texts.T
+    images, texts, scale = unit(7, 5), unit(7, 5), torch.tensor(143.0, dtype=torch.float64)
+    logits = scale * images @ texts.T  # as it stands, and whatever it is: logarithm and limit are the model's
     rows = torch.arange(7)
     expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
     assert float(clip_loss(images, texts, scale)) == pytest.approx(float(expected))
-    steep = clip_loss(images, texts, torch.tensor(9.0, dtype=torch.float64))
-    assert float(steep) == pytest.approx(float(itc_loss(images, texts, 0.01)))  # CLIP's limit of 100
+    assert float(clip_loss(images, texts, 143.0)) == pytest.approx(float(itc_loss(images, texts, 1 / 143)))
+
+
+def test_siglip_loss_judges_each_pair_by_itself() -> None:
+    images, texts = unit(3, 5), unit(6, 5)
+    expected = 0.0
+    for i in range(3):
+        for j in range(6):
+            z = 4.0 * float(images[i] @ texts[j]) - 1.5
+            expected += math.log1p(math.exp(-z if j // 2 == i else z)) / 6
+    assert float(siglip_loss(images, texts, 4.0, -1.5)) == pytest.approx(expected)
+    twice = torch.tensor([5, 8, 5])
+    both = siglip_loss(images, texts, 4.0, -1.5, image_ids=twice)
+    assert float(both) == pytest.approx(float(sigmoid_loss(compare(images, texts, twice), 4.0, -1.5)))
+    assert abs(float(both) - expected) > 0.1
 
 
 def test_one_pair_is_a_batch() -> None:
@@ -303,7 +316,7 @@ def run(rank: int, world: int, folder: str) -> None:
             given[-1] = -1
         part = torch.arange(B).split(3)[rank]  # in one piece, so that no ids are needed
         vectors, words = Model().embed(images[part], texts.unflatten(0, (B, R))[part].flatten(0, 1))
-        out: dict[object, object] = {"plain": clip_loss(vectors.mean(1), words, torch.tensor(1.0)).detach()}
+        out: dict[object, object] = {"plain": clip_loss(vectors.mean(1), words, 2.5).detach()}
         for grad in (True, False):
             model = Model()
             found = model.losses(images[mine], texts[rows], given, grad)
@@ -330,7 +343,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     model = Model()
     images, texts, ids = batch()
     vectors, words = model.embed(images, texts)
-    plain = float(clip_loss(vectors.mean(1), words, torch.tensor(1.0)).detach())
+    plain = float(clip_loss(vectors.mean(1), words, 2.5).detach())
     assert sum(float(part["plain"]) for part in parts) / 2 == pytest.approx(plain, abs=1e-14)
     losses = model.losses(images, texts, ids, gather_grad=True)
     sum(losses).backward()  # type: ignore[union-attr]

@@ -88,9 +88,9 @@ def test_both_are_their_definitions() -> None:
 def test_what_cannot_be_scored() -> None:
     x = np.ones((2, 3))
     for arguments, message in (
-        ((x, np.ones((3, 3))), r"images are \(2, 3\) and captions \(3, 3\)"),
-        ((x, np.zeros((2, 3))), "captions: vector 0 is 0 or not finite"),
-        ((np.ones(3), x), r"images are vectors \(n d\), not an array of shape \(3,\)"),
+        ((x, np.ones((3, 3))), r"image_features are \(2, 3\) and text_features \(3, 3\)"),
+        ((x, np.zeros((2, 3))), "text_features: vector 0 is 0 or not finite"),
+        ((np.ones(3), x), r"image_features are vectors \(n d\), not an array of shape \(3,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             clip_score(*arguments)

@@ -159,7 +159,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
     "QFormer": lambda: qformer(vocab_size=37, max_len=11),
     "Blip2QFormer": lambda: Blip2QFormer(
-        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, class_id=36, freeze_vision=True, train_norm=True,
+        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, cls_token_id=36, freeze_vision=True, train_norm=True,
         init_temperature=0.1,
     ),
     "Blip2": lambda: Blip2(

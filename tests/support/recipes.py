@@ -75,7 +75,7 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
 def stage1(folder: Path) -> str:
     """The argument that names a small model of stage 1."""
     qformer = QFormer(3, 16, 2, 2, 16, vocab_size=301, max_len=64)
-    Blip2QFormer(ViT(32, 8, 16, 1, 2), qformer, class_id=300).save_pretrained(folder)
+    Blip2QFormer(ViT(32, 8, 16, 1, 2), qformer, cls_token_id=300).save_pretrained(folder)
     return f"--model.captioner.folder={folder}"
 
 
@@ -90,7 +90,7 @@ def bert(folder: Path) -> list[str]:
     return [
         f"--model.captioner.qformer.source={folder}",
         f"--data.tokenizer={folder}",
-        "--model.captioner.class_id=300",
+        "--model.captioner.cls_token_id=300",
     ]
 
 

@@ -150,7 +150,7 @@ def needed(name: str, model: Any) -> dict[str, Any]:
     """What a family's files leave out."""
     if name == "openflamingo":
         return {"vision": model.vision, "decoder": model.decoder}
-    return {"timm": {"keep_head": True}, "lavis": {"num_heads": 1, "class_id": None}}.get(name, {})
+    return {"timm": {"keep_head": True}, "lavis": {"num_heads": 1, "cls_token_id": None}}.get(name, {})
 
 
 def test_every_family_is_tried_here_or_beside_its_oracle() -> None:

@@ -28,7 +28,7 @@ class MaskedTextData(DataModule):
         read: How files are read, such as the names of their columns, where that is not to be detected.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
         vocab_size: The most words of a tokenizer that is trained here, the mask token included.
-        pairs: Whether rows are pairs of texts, half of the time of one group.
+        nsp: Whether rows are pairs of texts, half of the time of one group: BERT's next sentence prediction.
         mlm_probability: Share of the tokens that are to be filled in.
         whole_word_mask: Hide words with all of their tokens; else single tokens.
         max_len: The most tokens of a row.
@@ -44,7 +44,7 @@ class MaskedTextData(DataModule):
         read: TextReadOptions = TextReadOptions(),
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
-        pairs: bool = True,
+        nsp: bool = True,
         mlm_probability: float = 0.15,
         whole_word_mask: bool = True,
         max_len: int = 64,
@@ -55,7 +55,7 @@ class MaskedTextData(DataModule):
         super().__init__(
             batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
-        self.source, self.pairs = open_texts(source, read, max_bad_fraction=loader.max_bad_fraction), pairs
+        self.source, self.nsp = open_texts(source, read, max_bad_fraction=loader.max_bad_fraction), nsp
         self.mlm_probability, self.whole_word_mask, self.max_len = mlm_probability, whole_word_mask, max_len
 
     @cached_property
@@ -87,7 +87,7 @@ class MaskedTextData(DataModule):
             self.tokenizer,
             self.masking(training=False),
             max_len=self.max_len,
-            pairs=self.pairs,
+            nsp=self.nsp,
             seed=self.seed,
         )
         if rows.cut:
@@ -122,7 +122,7 @@ class MaskedTextData(DataModule):
             _, other = rows.seconds(0)
             kinds = f"{int((other == 0).sum()):,} of one group, {int((other == 1).sum()):,} not"
             line = f"{split}: {counted(len(rows), 'row')} of at most {self.max_len} tokens"
-            lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
+            lines.append(f"{line}, pairs of texts: {kinds}" if self.nsp else line)
         return "\n".join(lines)
 
     def parts(self, split: str) -> Parts:

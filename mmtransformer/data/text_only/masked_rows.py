@@ -56,7 +56,7 @@ class MaskedRows:
         tokenizer: Turns texts into ids.
         masking: Tells words.
         max_len: The most tokens of a row; the longer text of a pair loses its end until both fit.
-        pairs: Whether rows are pairs of texts.
+        nsp: Whether rows are pairs of texts (next sentence prediction).
         seed: Seed of the pairs.
 
     Attributes:
@@ -73,12 +73,12 @@ class MaskedRows:
         masking: Masking,
         *,
         max_len: int,
-        pairs: bool = True,
+        nsp: bool = True,
         seed: int = 0,
     ) -> None:
         if max_len < 5:
             raise ValueError(f"max_len ({max_len}) must be at least 5 tokens: bos, text, eos, text, eos")
-        self.max_len, self.pairs, self.seed = max_len, pairs, seed
+        self.max_len, self.nsp, self.seed = max_len, nsp, seed
         self.ids = [np.array(tokenizer.encode(text.text)) for group in groups for text in group]
         if not self.ids:
             raise ValueError("there are no texts (0)")
@@ -101,7 +101,7 @@ class MaskedRows:
         """
         n = len(self)
         index = np.arange(n)
-        alone = (self._count < 2) | (self._count == n) | (not self.pairs)
+        alone = (self._count < 2) | (self._count == n) | (not self.nsp)
         coin, near, far = (hash64(self.seed, epoch, index, word) for word in (20, 21, 22))
         fellows = np.maximum(self._count - 1, 1)
         step = 1 + (near % fellows.astype(np.uint64)).astype(np.int64)

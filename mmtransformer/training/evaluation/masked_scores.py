@@ -33,7 +33,8 @@ class MaskedScore:
         unigram_tokens: the same by tokens.
         bigram_words: the same, of the likeliest token between its neighbours.
         bigram_tokens: the same by tokens.
-        pairs: share of the pairs of texts of which it was told rightly whether they belong together; None without any.
+        nsp_accuracy: share of the pairs of texts of which it was told rightly whether they belong together; None
+            without any.
         hidden_words: how many words were hidden.
         hidden_tokens: how many tokens.
     """
@@ -45,7 +46,7 @@ class MaskedScore:
     unigram_tokens: float
     bigram_words: float
     bigram_tokens: float
-    pairs: float | None
+    nsp_accuracy: float | None
     hidden_words: int
     hidden_tokens: int
 
@@ -55,7 +56,7 @@ class MaskedScore:
             f"{self.unigram_words:.1%}), hidden tokens {self.tokens:.1%} (bigrams {self.bigram_tokens:.1%}, "
             f"unigrams {self.unigram_tokens:.1%})"
         )
-        return text + ("" if self.pairs is None else f"; pairs right {self.pairs:.1%} (chance 50.0%)")
+        return text + ("" if self.nsp_accuracy is None else f"; pairs right {self.nsp_accuracy:.1%} (chance 50.0%)")
 
 
 @torch.inference_mode()
@@ -114,7 +115,7 @@ def score_masked(
         unigram_tokens=float(found["unigram"].mean()),
         bigram_words=float(whole["bigram"].mean()),
         bigram_tokens=float(found["bigram"].mean()),
-        pairs=pairs / known if known else None,
+        nsp_accuracy=pairs / known if known else None,
         hidden_words=len(whole["model"]),
         hidden_tokens=len(word),
     )

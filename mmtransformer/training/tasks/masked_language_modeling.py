@@ -31,24 +31,24 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
     Args:
         encoder: The model, with its `mlm_head`, and its `nsp_head` if rows are pairs.
         optim: The optimizer and its schedule.
-        pair_weight: Weight of the loss of pairs.
+        nsp_weight: Weight of the loss of pairs (next sentence prediction).
     """
 
     unit = "texts"
     data_kind = MaskedTextData
-    validated = (("pair_loss", "pairs {:.3f}"),)
+    validated = (("nsp_loss", "pairs {:.3f}"),)
 
     def __init__(
         self,
         encoder: TextEncoder,
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
-        pair_weight: float = 1.0,
+        nsp_weight: float = 1.0,
     ) -> None:
         super().__init__(optim)
-        if pair_weight < 0:
-            raise ValueError(f"pair_weight ({pair_weight}) must not be below 0")
-        self.encoder, self.pair_weight = encoder, pair_weight
+        if nsp_weight < 0:
+            raise ValueError(f"nsp_weight ({nsp_weight}) must not be below 0")
+        self.encoder, self.nsp_weight = encoder, nsp_weight
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -61,11 +61,11 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         data = self.data
         if data is None:
             return
-        if data.pairs and not self.encoder.nsp_head:
-            raise ValueError("pairs of texts need the encoder's nsp_head: true; or set data.pairs: false")
-        if data.pairs and self.encoder.num_types < 2:
+        if data.nsp and not self.encoder.nsp_head:
+            raise ValueError("pairs of texts need the encoder's nsp_head: true; or set data.nsp: false")
+        if data.nsp and self.encoder.num_types < 2:
             raise ValueError(
-                f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"
+                f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.nsp: false"
             )
         check_texts(data, data.max_len, self.encoder, "encoder")
 
@@ -77,7 +77,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         total = words.sum()
         if self.encoder.nsp_head:  # without pairs too: DDP waits for the head's gradient
             hidden = batch.loss_mask.sum(1)[batch.other >= 0]
-            total = total + self.pair_weight * (pairs * hidden).sum()
+            total = total + self.nsp_weight * (pairs * hidden).sum()
         return SumAndCount(total, torch.tensor(words.numel(), device=total.device))
 
     def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         """Adds up the losses."""
         split = self.split_names[dataloader_idx]
         words, pairs = self.losses(batch)
-        for name, each in (("loss", words), ("pair_loss", pairs)):
+        for name, each in (("loss", words), ("nsp_loss", pairs)):
             if each.numel():
                 self.add(split, name, SumAndCount(each.sum(), torch.tensor(each.numel(), device=each.device)))
 

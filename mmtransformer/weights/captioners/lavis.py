@@ -117,7 +117,7 @@ def blip2_qformer_from_lavis(
     *,
     vision: ViT | None = None,
     num_heads: int | None = None,
-    class_id: int | None = 101,
+    cls_token_id: int | None = 101,
     context: str = "the state dict",
 ) -> Blip2QFormer:
     """A stage-1 model of LAVIS as a `Blip2QFormer`, with its head for generation and its temperature.
@@ -126,7 +126,8 @@ def blip2_qformer_from_lavis(
         state: its tensors by name (what its file has under "model").
         vision: the tower, where the file keeps none (LAVIS drops frozen ones); its last norm becomes `ln_vision`.
         num_heads: the Q-Former's heads; None = dim / 64.
-        class_id: the id of [CLS]; 101 in bert-base-uncased. [DEC], with which a generated text begins, is its own id.
+        cls_token_id: the id of [CLS]; 101 in bert-base-uncased. [DEC], with which a generated text begins, is its
+            own id.
         context: what the tensors come from, for errors.
 
     Raises:
@@ -138,7 +139,7 @@ def blip2_qformer_from_lavis(
         if name not in state:
             raise ValueError(f"{context} has no tensor {name}, so it is not a stage-1 model of LAVIS")
     dim = state["vision_proj.weight"].shape[0]
-    model = Blip2QFormer(vision, qformer, embed_dim=dim, class_id=class_id, freeze_vision=True, train_norm=True)
+    model = Blip2QFormer(vision, qformer, embed_dim=dim, cls_token_id=cls_token_id, freeze_vision=True, train_norm=True)
     for copy, name in zip(_COPIES, (_WORDS, "Qformer.cls.predictions.bias"), strict=True):
         if copy in state and not torch.equal(state[copy], state[name]):
             raise ValueError(f"{context}: {copy} differs from {name}, to which Blip2QFormer ties it")
@@ -222,7 +223,7 @@ def load_lavis(
     *,
     vision: ViT | None = None,
     num_heads: int | None = None,
-    class_id: int | None = 101,
+    cls_token_id: int | None = 101,
 ) -> Blip2QFormer | Blip2:
     """A model of LAVIS from a file or folder that `save_lavis` wrote, or one converted from a checkpoint.
 
@@ -231,7 +232,7 @@ def load_lavis(
         decoder: the language model of stage 2; None = a model of stage 1.
         vision: see `blip2_qformer_from_lavis`, as all that follow.
         num_heads: the Q-Former's heads.
-        class_id: the id of [CLS]; stage 1.
+        cls_token_id: the id of [CLS]; stage 1.
 
     Raises:
         ValueError: naming what is missing or does not fit.
@@ -240,7 +241,7 @@ def load_lavis(
     with built_from(state, context, filled=True):
         if decoder is None:
             return blip2_qformer_from_lavis(
-                state, vision=vision, num_heads=num_heads, class_id=class_id, context=context
+                state, vision=vision, num_heads=num_heads, cls_token_id=cls_token_id, context=context
             )
         return blip2_from_lavis(state, decoder, vision=vision, num_heads=num_heads, context=context)
 

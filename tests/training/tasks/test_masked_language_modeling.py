@@ -167,7 +167,7 @@ def test_pairs_are_of_one_group_half_of_the_time(tokenizer: Tokenizer) -> None:
     assert len(np.unique(strangers)) > 0.5 * len(strangers)
     np.testing.assert_array_equal(rows.seconds(0)[0], second)
     assert (rows.seconds(1)[0] != second).mean() > 0.4
-    none, label = MaskedRows(split, tokenizer, masking, max_len=40, pairs=False).seconds(0)
+    none, label = MaskedRows(split, tokenizer, masking, max_len=40, nsp=False).seconds(0)
     assert (none == -1).all()
     assert (label == -1).all()
     assert (MaskedRows(split[1:2], tokenizer, masking, max_len=40).seconds(0)[0] == -1).all()
@@ -307,7 +307,7 @@ def test_the_loss_is_words_plus_pairs() -> None:
     data, encoder = data_of(), encoder_of().double()
     batch = next(iter(data.train_dataloader()))
     batch.other[2:4] = -1
-    module = MaskedLanguageModeling(encoder, pair_weight=0.3)
+    module = MaskedLanguageModeling(encoder, nsp_weight=0.3)
     words, pairs = module.losses(batch)
     hidden = encoder(batch.tokens, batch.types, attention_mask=batch.attention_mask)
     logits = encoder.mlm_logits(hidden).log_softmax(-1)
@@ -323,11 +323,11 @@ def test_the_loss_is_words_plus_pairs() -> None:
     row[known] = pairs
     beside = row[:, None].expand(batch.loss_mask.shape)[batch.loss_mask]  # each hidden token's pair
     torch.testing.assert_close(loss.sum / loss.count, (words + 0.3 * beside).mean())
-    alone = next(iter(data_of(pairs=False).train_dataloader()))
+    alone = next(iter(data_of(nsp=False).train_dataloader()))
     only, none = module.losses(alone)
     assert len(none) == 0
     torch.testing.assert_close(module.loss(alone).sum, only.sum())
-    headless = MaskedLanguageModeling(encoder_of(nsp_head=False).double(), pair_weight=0.3)
+    headless = MaskedLanguageModeling(encoder_of(nsp_head=False).double(), nsp_weight=0.3)
     torch.testing.assert_close(headless.loss(batch).sum, headless.losses(batch)[0].sum())
 
 
@@ -454,7 +454,7 @@ def test_scores_are_counted_by_token_and_word() -> None:
     assert score.words == pytest.approx(np.mean(hits))
     assert score.hidden_words == len(hits)
     known = torch.cat([batch.other[batch.other >= 0] for batch in batches])
-    assert score.pairs == pytest.approx(float(known.float().mean()))
+    assert score.nsp_accuracy == pytest.approx(float(known.float().mean()))
     assert math.isfinite(score.loss)
 
 
@@ -497,8 +497,8 @@ def test_errors_name_the_numbers(tmp_path: Path) -> None:
         fit(encoder_of(max_len=30))
     with pytest.raises(ValueError, match=r"scores 270; .*data.vocab_size to 270"):
         fit(TextEncoder(270, 24, 1, 3, max_len=40, mlm_head=True, nsp_head=True))
-    with pytest.raises(ValueError, match=r"pair_weight \(-1\)"):
-        MaskedLanguageModeling(encoder_of(), pair_weight=-1)
+    with pytest.raises(ValueError, match=r"nsp_weight \(-1\)"):
+        MaskedLanguageModeling(encoder_of(), nsp_weight=-1)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         data_of(batch_size=0)
     with pytest.raises(ValueError, match=r"list of splits: \[val\]"):

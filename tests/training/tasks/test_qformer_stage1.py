@@ -56,7 +56,7 @@ def model(**options: Any) -> Blip2QFormer:
     torch.manual_seed(3)
     qformer = QFormer(3, 24, 2, 3, 24, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean")
-    return Blip2QFormer(vision, qformer, embed_dim=11, class_id=VOCAB, **options)
+    return Blip2QFormer(vision, qformer, embed_dim=11, cls_token_id=VOCAB, **options)
 
 
 def scenes(source: Any = None, **arguments: Any) -> CaptionData:
@@ -141,7 +141,7 @@ def test_it_learns_to_find() -> None:
     given = next(iter(scenes(source, batch_size=16, splits=Splits(val=["train"])).loader("train")))
     qformer = QFormer(4, 32, 2, 4, 32, cross_attention_frequency=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 32, 1, 4, class_token=False, pool="mean")
-    m = Blip2QFormer(vision, qformer, embed_dim=16, class_id=VOCAB)
+    m = Blip2QFormer(vision, qformer, embed_dim=16, cls_token_id=VOCAB)
     optim = Optim(kind="muon", lr=3e-3, warmup_steps=5)
     optimizer = optim.build(m)
     schedule = optim.schedule(optimizer, 20)

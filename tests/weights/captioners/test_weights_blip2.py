@@ -347,7 +347,7 @@ def test_stage_1_of_lavis() -> None:
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(17)[None]
     vision = from_blip2(theirs).vision
     bare = {name: t for name, t in state.items() if not name.startswith("visual_encoder")}
-    ours = blip2_qformer_from_lavis(bare, vision=vision, num_heads=4, class_id=7)
+    ours = blip2_qformer_from_lavis(bare, vision=vision, num_heads=4, cls_token_id=7)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
     classed = torch.cat((torch.full_like(tokens[:, :1], 7), tokens[:, 1:]), 1)
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
@@ -447,7 +447,7 @@ def test_names_and_shapes_of_lavis() -> None:
     }  # fmt: skip
     theirs = to_lavis(model)
     assert {name: tuple(t.shape) for name, t in theirs.items()} == want
-    again = blip2_qformer_from_lavis(theirs, class_id=None)
+    again = blip2_qformer_from_lavis(theirs, cls_token_id=None)
     tokens = torch.tensor([[1, 2, 3]])
     close(
         again.match(torch.ones(1, 5, 88), tokens, tokens > 0),
@@ -483,17 +483,17 @@ def test_what_lavis_files_cannot_be() -> None:
     with pytest.raises(ValueError, match="no tensor query_tokens, so it is not a BLIP-2"):
         blip2_qformer_from_lavis(without("query_tokens"))
     with pytest.raises(ValueError, match=r"missing: itm_head\.weight, itm_head\.bias"):
-        blip2_qformer_from_lavis(without("itm_head"), class_id=None)
+        blip2_qformer_from_lavis(without("itm_head"), cls_token_id=None)
     with pytest.raises(ValueError, match="unknown: extra"):
-        blip2_qformer_from_lavis(good | {"extra": torch.ones(1)}, class_id=None)
+        blip2_qformer_from_lavis(good | {"extra": torch.ones(1)}, cls_token_id=None)
     torn = good | {"Qformer.cls.predictions.decoder.weight": torch.zeros(WORDS, 64)}
     with pytest.raises(ValueError, match=r"decoder\.weight differs from"):
-        blip2_qformer_from_lavis(torn, class_id=None)
+        blip2_qformer_from_lavis(torn, cls_token_id=None)
     with pytest.raises(ValueError, match="has 0 of opt_proj, llm_proj, t5_proj"):
         blip2_from_lavis(good, opt)
     wide = ViT(28, 14, 96, 1, 1)
     with pytest.raises(ValueError, match=r"weight is \(88,\), the model wants \(96,\)"):
-        blip2_qformer_from_lavis(without("visual_encoder"), vision=wide, class_id=None)
+        blip2_qformer_from_lavis(without("visual_encoder"), vision=wide, cls_token_id=None)
     with pytest.raises(ValueError, match="this tower has 3 prefix tokens"):
         to_lavis(Blip2(ViT(28, 14, 88, 1, 1, num_registers=2), QFormer(L, 64, 1, 1, 88), opt))
 

@@ -104,7 +104,7 @@ def qformer_from_bert(
         num_queries: how many queries.
         visual_dim: width of the visual tokens.
         cross_attention_frequency: the first of every so many blocks reads the picture.
-        extra_ids: ids of the text stream beyond BERT's vocabulary, such as `Blip2QFormer`'s `class_id`.
+        extra_ids: ids of the text stream beyond BERT's vocabulary, such as `Blip2QFormer`'s `cls_token_id`.
         dropout: share of embeddings, attention weights and branch results dropped in training.
 
     Raises:
