@@ -44,7 +44,7 @@ class CaptionBatch(Batch):
         loss_mask: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
         pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample. With `patch_grids` patches
             (b i p c), filled up to the most that an image has.
-        visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
+        visual_tokens: (b i p d), what `Captioner.forward_features` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
         questions: what is asked of each of the b samples, None where nothing is; () = of none.
@@ -157,8 +157,8 @@ class Captioner(Pretrained, nn.Module, ABC):
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         freeze_vision: whether it is taken out of training (its features can then be cached): in place, so also in other
             models that share it.
-        train_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `encode` then gives, and a
-            cache keeps, the tokens before it.
+        train_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `forward_features` then
+            gives, and a cache keeps, the tokens before it.
 
     Raises:
         ValueError: for `train_norm` without `freeze_vision`.
@@ -249,8 +249,10 @@ class Captioner(Pretrained, nn.Module, ABC):
         check_rows(self, batch)
         return self.head(self.hidden_states(batch))
 
-    def encode(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
-        """The vision encoder's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d).
+    def forward_features(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
+        """The vision encoder's tokens, not pooled: (b i 3 height width) -> (b i p d).
+
+        If its last norm learns they are those before it.
 
         Args:
             pixels: of a batch.
@@ -260,11 +262,11 @@ class Captioner(Pretrained, nn.Module, ABC):
             if patch_grids is not None:
                 return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_norm else None)
             pixels = pixels if pixels.ndim == 5 else with_images(pixels)
-            features = self.features(rearrange(pixels, "b i c h w -> (b i) c h w"))
+            features = self._features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return features.unflatten(0, pixels.shape[:2])
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """What `encode` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
+    def _features(self, pixels: Tensor) -> Tensor:
+        """What `forward_features` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
         if self.train_norm:
             return self.vision.forward_intermediates(pixels, [-1])[0]
         return self.vision.forward_features(pixels)
@@ -279,7 +281,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         visual = batch.visual
         if batch.visual_tokens is None:
             grids = batch.patch_grids
-            visual = self.encode(visual) if grids is None else self.encode(visual, grids)
+            visual = self.forward_features(visual) if grids is None else self.forward_features(visual, grids)
         norm = self.vision.norm
         return norm(visual.to(next(norm.parameters()).dtype)) if self.train_norm else visual
 

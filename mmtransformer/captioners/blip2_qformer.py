@@ -97,11 +97,11 @@ class Blip2QFormer(Captioner):
         """What similarities are divided by."""
         return self.log_temperature.exp()
 
-    def embed_images(self, queries: Tensor) -> Tensor:
+    def project_queries(self, queries: Tensor) -> Tensor:
         """Queries after the image (n l d) -> (n l e), L2-normed: what texts are compared with."""
         return F.normalize(self.vision_proj(queries), dim=-1)
 
-    def embed_texts(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Texts (n q), padded on the right -> (n e), L2-normed.
 
         Raises:
@@ -180,8 +180,8 @@ class Blip2QFormer(Captioner):
         seen = self.qformer.encode_queries(visual)
 
         similarity = compare(
-            self.embed_images(seen.queries),
-            self.embed_texts(batch.tokens, batch.attention_mask),
+            self.project_queries(seen.queries),
+            self.encode_text(batch.tokens, batch.attention_mask),
             image_ids(batch.names, batch.loss_mask),
             gather_grad=gather_grad,
         )

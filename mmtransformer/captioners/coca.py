@@ -148,7 +148,7 @@ class CoCa(Captioner):
         mask = None if real is None else rearrange(real, "b i p -> b 1 (i p)")
         return self.caption_pool(rearrange(visual_tokens, "b i p d -> b (i p) d"), mask)
 
-    def embed_images(self, batch: CaptionBatch) -> Tensor:
+    def image_features(self, batch: CaptionBatch) -> Tensor:
         """The images as vectors of length 1: (b e).
 
         Raises:
@@ -157,7 +157,7 @@ class CoCa(Captioner):
         self._check_contrast()
         return self._image_vectors(self.pooled(batch))
 
-    def embed_texts(self, batch: CaptionBatch) -> Tensor:
+    def text_features(self, batch: CaptionBatch) -> Tensor:
         """Right-padded texts as vectors of length 1: (n e).
 
         Raises:

@@ -85,10 +85,10 @@ class Llava(Captioner):
             for part in (vision.norm, vision.pool_norm, *vision.blocks[last + 1 :]):
                 part.requires_grad_(False)
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
         """What is read of the vision encoder's tokens: (n c height width) -> (n p d)."""
         if self.layers is None:
-            x = super().features(pixels)
+            x = super()._features(pixels)
         else:
             x = torch.cat(self.vision.forward_intermediates(pixels, list(self.layers)), dim=-1)
         return x if self.keep_class else x[:, self.vision.num_prefix_tokens :]

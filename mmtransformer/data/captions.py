@@ -221,7 +221,7 @@ class CaptionData(DataModule):
         """From now on yield visual tokens, computed once, in place of pixels; for a frozen vision encoder.
 
         Args:
-            captioner: A captioner (its `encode` is what is stored), or a vision encoder alone.
+            captioner: A captioner (its `forward_features` are what is stored), or a vision encoder alone.
             stage: Whose splits: "fit", "validate" or "test".
             device: Where to compute.
             autocast: The number format of the computation; None computes in that of the weights.
@@ -246,7 +246,9 @@ class CaptionData(DataModule):
             raise ValueError(
                 "cache_features cannot be used with augment; set augment to null (cache_features.flip mirrors)"
             )
-        encode: Callable[[Tensor], Tensor] | None = getattr(captioner, "encode", None)
+        encode: Callable[[Tensor], Tensor] | None = None
+        if vision is not captioner:  # A captioner's takes the images of each sample side by side.
+            encode = getattr(captioner, "forward_features", None)
         kept = self.cache_features or CacheFeatures()
         for split in self.splits_of(stage):
             if split not in self._features:

@@ -103,7 +103,7 @@ class TextToImageModel(Pretrained, nn.Module):
             self.text.eval()
         return self
 
-    def read(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_prompt(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Texts as the transformer attends to them: (n q) long and (n q) bool -> (n q d)."""
         read = self.text.forward_features if isinstance(self.text, TextTower) else self.text
         return read(tokens, attention_mask=attention_mask)
@@ -128,7 +128,7 @@ class TextToImageModel(Pretrained, nn.Module):
         if self.training and self.text_dropout:
             hidden = torch.rand(n, generator=generator) < self.text_dropout
             seen = seen & ~hidden.to(device)[:, None]
-        context = self.read(batch.tokens, batch.attention_mask)
+        context = self.encode_prompt(batch.tokens, batch.attention_mask)
         x = self.diffusion.noised(images, noise, times)
         predicted = self.transformer(x, times, context, context_mask=seen)
         losses = self.diffusion.loss(predicted, images, noise, times)
@@ -148,11 +148,11 @@ class TextToImageModel(Pretrained, nn.Module):
             2 n rows of texts, and their mask (2n q).
         """
         n, q = tokens.shape
-        context = self.read(tokens, attention_mask)
+        context = self.encode_prompt(tokens, attention_mask)
         other, other_mask = context, torch.zeros_like(attention_mask)
         if negative is not None:
             other_mask = negative[1].expand(n, -1)
-            other = self.read(*negative).expand(n, -1, -1)
+            other = self.encode_prompt(*negative).expand(n, -1, -1)
             longest = max(q, other_mask.shape[1])
             context, other = (nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (context, other))
             attention_mask, other_mask = (

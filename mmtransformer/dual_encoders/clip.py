@@ -116,8 +116,8 @@ class CLIP(Pretrained, nn.Module):
         return self.text.max_len
 
     @property
-    def width(self) -> int:
-        """Width e of the vectors."""
+    def projection_dim(self) -> int:
+        """Width e of the vectors, whatever `embed_dim` says."""
         return self.text_proj.out_features
 
     @property
@@ -125,7 +125,7 @@ class CLIP(Pretrained, nn.Module):
         """Whether a text begins with a token that opens it."""
         return not isinstance(self.text, TextTower) or self.text.add_bos_token
 
-    def encode_images(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
+    def encode_image(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
         """Images as vectors of length 1: (b 3 height width) -> (b e).
 
         Args:
@@ -134,9 +134,9 @@ class CLIP(Pretrained, nn.Module):
         """
         if patch_grids is not None:
             return self._native_vectors(pixels, patch_grids)
-        return self._image_vectors(self.encode(pixels[:, None])[:, 0])
+        return self._image_vectors(self.forward_features(pixels[:, None])[:, 0])
 
-    def encode_texts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Texts as vectors of length 1: (n q) long -> (n e).
 
         Args:
@@ -173,7 +173,7 @@ class CLIP(Pretrained, nn.Module):
         language it is in. Images of one name are one, and those without a predicted token take no part.
 
         Args:
-            batch: one image a sample, as pixels or as `encode` gives it, and right-padded texts.
+            batch: one image a sample, as pixels or as `forward_features` gives it, and right-padded texts.
             gather_grad: whether gradients reach the processes that candidates came from.
 
         Returns:
@@ -183,7 +183,7 @@ class CLIP(Pretrained, nn.Module):
         Raises:
             ValueError: if a text is empty, or the batch has fields that are not supported.
         """
-        vectors = self.embed_images(batch), self.embed_texts(batch)
+        vectors = self.image_features(batch), self.text_features(batch)
         return self.compare(batch, *vectors, gather_grad=gather_grad)
 
     def compare(self, batch: CaptionBatch, images: Tensor, texts: Tensor, *, gather_grad: bool = True) -> Output:
@@ -192,7 +192,7 @@ class CLIP(Pretrained, nn.Module):
             images,
             texts,
             image_ids(batch.names, batch.loss_mask),
-            text_keys=text_keys(*self.read_texts(batch)),
+            text_keys=text_keys(*self.text_inputs(batch)),
             gather_grad=gather_grad,
         )
         loss = self.loss_of(similarity)
@@ -207,7 +207,7 @@ class CLIP(Pretrained, nn.Module):
             return softmax_loss(similarity, self.scale, hardness=self.hardness)
         return sigmoid_loss(similarity, self.scale, self.logit_bias, hardness=self.hardness)
 
-    def embed_images(self, batch: CaptionBatch) -> Tensor:
+    def image_features(self, batch: CaptionBatch) -> Tensor:
         """A batch's images as vectors of length 1: (b e).
 
         Raises:
@@ -221,15 +221,15 @@ class CLIP(Pretrained, nn.Module):
             raise ValueError(f"a CLIP compares one image with its texts, and these samples have {visual.shape[1]}")
         if batch.patch_grids is not None:
             return self._native_vectors(visual[:, 0], batch.patch_grids[:, 0])
-        visual_tokens = self.encode(visual) if batch.visual_tokens is None else visual
+        visual_tokens = self.forward_features(visual) if batch.visual_tokens is None else visual
         return self._image_vectors(visual_tokens[:, 0])
 
-    def embed_texts(self, batch: CaptionBatch) -> Tensor:
+    def text_features(self, batch: CaptionBatch) -> Tensor:
         """A batch's texts as vectors of length 1: (n e)."""
-        return self.encode_texts(*self.read_texts(batch))
+        return self.encode_text(*self.text_inputs(batch))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens, what a cache keeps of a frozen one: (b i 3 height width) -> (b i p d)."""
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """The vision tower's tokens, not pooled: what a cache keeps of a frozen one, (b i 3 h w) -> (b i p d)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
@@ -247,7 +247,7 @@ class CLIP(Pretrained, nn.Module):
             pooled = self.image_pool(visual_tokens.to(self.text_proj.weight.dtype))[:, 0]
         return F.normalize(self.image_proj(pooled.to(self.text_proj.weight.dtype)), dim=-1)
 
-    def read_texts(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+    def text_inputs(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The texts that are compared, without the rest of a prompt: tokens (n q) and attention mask (n q)."""
         kept = batch.loss_mask.clone()
         if self.add_bos_token:

@@ -69,4 +69,4 @@ def blank_images(captioner: Captioner, batch: CaptionBatch, size: tuple[int, int
     height, width = size or (side * captioner.vision.patch_size for side in captioner.vision.grid)
     dtype = next(captioner.vision.parameters()).dtype
     pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device, dtype=dtype)
-    return replace(batch, visual_tokens=captioner.encode(pixels).to(tokens.dtype).expand_as(tokens))
+    return replace(batch, visual_tokens=captioner.forward_features(pixels).to(tokens.dtype).expand_as(tokens))

@@ -74,9 +74,9 @@ class DualEncoder(Pipeline[CLIP]):
         self._said_cut = False
 
     @property
-    def width(self) -> int:
+    def projection_dim(self) -> int:
         """Width d of the vectors."""
-        return self.model.width
+        return self.model.projection_dim
 
     # ------------------------------------------------------------------------------------------------- vectors
 
@@ -98,15 +98,15 @@ class DualEncoder(Pipeline[CLIP]):
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
         """
         many: list[ImageLike | Tensor] = listed(images)
-        found = [torch.empty(0, self.width)]
+        found = [torch.empty(0, self.projection_dim)]
         for some in in_batches(many, batch_size):
             batch = self._batch([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
             with fast_autocast(self.device):
-                found.append(self.model.encode_images(*(x.to(self.device) for x in batch)).float().cpu())
+                found.append(self.model.encode_image(*(x.to(self.device) for x in batch)).float().cpu())
         return F.normalize(torch.cat(found), dim=-1)
 
     def _batch(self, images: list[Tensor]) -> tuple[Tensor, ...]:
-        """Pixels as the model's `encode_images` reads them; of images of native size patches and their grids."""
+        """Pixels as the model's `encode_image` reads them; of images of native size patches and their grids."""
         if (patch_size := self.transform.patch_size) is None:
             return (torch.stack(images),)
         patches, grids = pad_images([[image] for image in images], patch_size)
@@ -130,13 +130,13 @@ class DualEncoder(Pipeline[CLIP]):
         many = [texts] if isinstance(texts, str) else list(texts)
         if blank := [i for i, text in enumerate(many) if not text.strip()]:
             raise ValueError(f"text {blank[0]} of {len(many)} is empty, and would fit every picture: leave it out")
-        found, cut = [torch.empty(0, self.width)], 0
+        found, cut = [torch.empty(0, self.projection_dim)], 0
         for some in in_batches(many, batch_size):
             rows = [self._cut(text) for text in some]
             cut += sum(lost for _, lost in rows)
             tokens, attention_mask = self.tokenizer.pad([ids for ids, _ in rows])
             with fast_autocast(self.device):
-                vectors = self.model.encode_texts(tokens.to(self.device), attention_mask.to(self.device))
+                vectors = self.model.encode_text(tokens.to(self.device), attention_mask.to(self.device))
             found.append(vectors.float().cpu())
         if cut and not self._said_cut:
             self._said_cut = True

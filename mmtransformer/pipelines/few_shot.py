@@ -209,9 +209,9 @@ class FewShot:
         return self._seen[example]
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """As `Captioner.encode`, in evaluation mode: what is kept must not be what dropout has left."""
+        """As `Captioner.forward_features`, in evaluation mode: what is kept must not be what dropout has left."""
         with evaluation_mode(self.captioner):
-            return self.captioner.encode(pixels)
+            return self.captioner.forward_features(pixels)
 
     def _pool(self, visual_tokens: Tensor) -> Tensor:
         """One feature a picture, (b p d) -> (b d), in float32."""

@@ -102,7 +102,7 @@ def main() -> None:
         line(f"{form}, fp32, same optimizer and precision", fp32, ours, full, same=True)
         freeze(ours.vision)
         with torch.no_grad():
-            cached = replace(full, pixels=None, visual_tokens=ours.encode(cast(Tensor, full.pixels)))
+            cached = replace(full, pixels=None, visual_tokens=ours.forward_features(cast(Tensor, full.pixels)))
         line(f"{form}, bf16, cached features", bf16, ours, cached, 3.0)
         line(f"{form}, fp32, cached features", fp32, ours, cached, 4.0)
         # As in the recipe: the captions of a picture share its features. The peer computes each row's picture.

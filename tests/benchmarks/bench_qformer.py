@@ -187,7 +187,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
     ours.train(), peer.train()
     full = captions()
     with torch.no_grad():
-        cached = replace(full, pixels=None, visual_tokens=ours.encode(cast(Tensor, full.pixels)))
+        cached = replace(full, pixels=None, visual_tokens=ours.forward_features(cast(Tensor, full.pixels)))
     ids = torch.cat((torch.full((CAPTIONS, QUERIES), IMAGE), full.tokens), 1)
     known = torch.cat((torch.ones(CAPTIONS, QUERIES, dtype=torch.long), full.attention_mask.long()), 1)
     labels = full.tokens.masked_fill(~full.loss_mask, -100)
@@ -275,7 +275,7 @@ def by_lavis(model: Blip2QFormer, visual: Tensor, batch: CaptionBatch) -> Tensor
     """The three losses by LAVIS's passes: matching projects and reads all pictures again, three times."""
     qformer, tokens, attention_mask = model.qformer, batch.tokens, batch.attention_mask
     seen = qformer.encode_queries(visual)
-    images, words = model.embed_images(seen.queries), model.embed_texts(tokens, attention_mask)
+    images, words = model.project_queries(seen.queries), model.encode_text(tokens, attention_mask)
     similarity = (images @ words.T).amax(1) / model.temperature
     goal = torch.arange(ROWS)
     itc = (F.cross_entropy(similarity, goal, label_smoothing=0.1)

@@ -97,7 +97,7 @@ def transformers_clip() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tens
 
     model = clip_from_transformers(peer.config.to_dict(), peer.state_dict(), "the peer")
     ours = ImageTransform(224, resize="crop", backend="torchvision", **CLIP_COLOURS)
-    return pixels, encode, Tower(model, model.encode_images, ours)
+    return pixels, encode, Tower(model, model.encode_image, ours)
 
 
 def timm_deit() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor], Tower]:

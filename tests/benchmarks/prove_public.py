@@ -171,7 +171,7 @@ def seen(model: VisionEncoderDecoder | Llava, photos: list[Photo]) -> Tensor:
     """What the frozen tower sees in each photo, once for all steps."""
     transform = ImageTransform(model.vision.image_size[0], "squash", MEAN, STD)
     parts = torch.stack([transform(photo.image) for photo in photos]).split(50)
-    return torch.cat([model.features(part) for part in parts])
+    return torch.cat([model.forward_features(part)[:, 0] for part in parts])
 
 
 def train(model: VisionEncoderDecoder | Llava, texts: Texts, photos: list[Photo], features: Tensor, steps: int) -> None:

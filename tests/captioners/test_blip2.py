@@ -127,15 +127,15 @@ def test_a_norm_that_learns_gives_what_one_at_rest_gives() -> None:
     given = batch(i=2)
     resting, learning = blip2(), blip2(train_norm=True)
     torch.testing.assert_close(learning.logits(given), resting.logits(given), atol=1e-5, rtol=1e-5)
-    tokens = learning.encode(pixels(given))
-    assert not torch.allclose(tokens, resting.encode(pixels(given)))
+    tokens = learning.forward_features(pixels(given))
+    assert not torch.allclose(tokens, resting.forward_features(pixels(given)))
     cached = replace(given, pixels=None, visual_tokens=tokens)
     assert torch.equal(learning.logits(cached), learning.logits(given))
 
 
 def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
     model, given = blip2(), batch(i=2)
-    tokens = model.encode(pixels(given))
+    tokens = model.forward_features(pixels(given))
     assert tokens.shape == (3, 2, 8, 20)
     cached = replace(given, pixels=None, visual_tokens=tokens)
     assert torch.equal(model.logits(cached), model.logits(given))
@@ -276,7 +276,7 @@ def test_look_composes_two_attentions(instruct: bool, decoder: dict[str, Any]) -
     assert (heat >= 0).all()
     assert (heat.sum((2, 3, 4)) <= 1 + 1e-5).all()
     assert heat.std() > 0
-    cached = replace(given, pixels=None, visual_tokens=model.encode(pixels(given)))
+    cached = replace(given, pixels=None, visual_tokens=model.forward_features(pixels(given)))
     torch.testing.assert_close(model.attention_map(cached), heat)
     alone = CaptionBatch(
         *(x[2:3] for x in (given.tokens, given.attention_mask, given.loss_mask)), pixels=pixels(given)[1:2]

@@ -299,7 +299,7 @@ def test_frozen_tower_with_a_norm_that_learns() -> None:
     assert {n for n, p in m.vision.named_parameters() if p.requires_grad} == {"norm.weight", "norm.bias"}
     plain = model(freeze_vision=True)
     assert given.pixels is not None
-    cached = replace(given, pixels=None, visual_tokens=m.encode(given.pixels))
+    cached = replace(given, pixels=None, visual_tokens=m.forward_features(given.pixels))
     first, second, third = m(given), m(cached), plain(given)
     for other in (second, third):
         torch.testing.assert_close(dict(other.terms), dict(first.terms), atol=1e-12, rtol=0)

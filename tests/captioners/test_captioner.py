@@ -176,7 +176,7 @@ def test_a_frozen_tower_stays_in_evaluation_and_learns_nothing() -> None:
     assert modes(model.connector) == {True}
     before = {name: tensor.clone() for name, tensor in model.vision.state_dict().items()}
     assert given.pixels is not None
-    assert not model.encode(given.pixels).requires_grad
+    assert not model.forward_features(given.pixels).requires_grad
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     caption_loss(model, given, reduction="sum").sum.backward()
     optimizer.step()

@@ -147,7 +147,7 @@ def test_one_image_each_needs_no_dimension_of_images(kind: str) -> None:
     model, given = shaken(BUILD[kind]()), batch()
     assert given.pixels is not None
     assert torch.equal(model.logits(replace(given, pixels=given.pixels[:, 0])), model.logits(given))
-    assert torch.equal(model.encode(given.pixels[:, 0]), model.encode(given.pixels))
+    assert torch.equal(model.forward_features(given.pixels[:, 0]), model.forward_features(given.pixels))
     with pytest.raises(ValueError, match=r"\(samples, images of a sample, 3, height, width\).*not \(3, 16, 24\)"):
         replace(given, pixels=given.pixels[0, 0])
 
@@ -218,10 +218,10 @@ def test_cocas_text_is_gathered_within_a_window_whatever_its_padding() -> None:
     text = lm(attention=AttentionConfig(window=3))
     model = shaken(CoCa(vit(), text, lm(cross_dim=20, positions=PositionConfig("rotary")), num_heads=5))
     given = batch()
-    vectors = model.embed_texts(given)
+    vectors = model.text_features(given)
     for row, length in enumerate(given.attention_mask.sum(1).tolist()):
         one = CaptionBatch(*(x[row : row + 1, :length] for x in (given.tokens, given.attention_mask, given.loss_mask)))
-        torch.testing.assert_close(vectors[row], model.embed_texts(one)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vectors[row], model.text_features(one)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_decay_spares_what_the_parts_name() -> None:

@@ -307,7 +307,7 @@ def test_texts_share_their_images_as_if_each_had_a_copy() -> None:
 def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
     model, given = flamingo(), laid_out("I.I..", "..I..")
     assert given.pixels is not None
-    tokens = model.encode(given.pixels)
+    tokens = model.forward_features(given.pixels)
     assert tokens.shape == (2, 2, 8, 20)
     cached = replace(given, pixels=None, visual_tokens=tokens)
     torch.testing.assert_close(model.logits(cached), model.logits(given), atol=1e-5, rtol=1e-5)
@@ -637,7 +637,7 @@ def test_look_follows_the_size_of_the_image_and_the_cache() -> None:
     assert model.attention_map(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
     given = batch(i=2)
     assert given.pixels is not None
-    cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
+    cached = replace(given, pixels=None, visual_tokens=model.forward_features(given.pixels))
     want = model.attention_map(given)
     assert torch.equal(model.attention_map(cached), want)
     assert torch.equal(model.train().attention_map(given), want)

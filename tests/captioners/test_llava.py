@@ -100,7 +100,7 @@ def test_images_that_are_padding_and_features_of_a_cache() -> None:
     padded = replace(given, pixels=pixels, image_mask=real)
     alone = replace(given, pixels=pixels[:, [0, 2]])
     torch.testing.assert_close(model.logits(padded), model.logits(alone))
-    cached = replace(padded, pixels=None, visual_tokens=model.encode(pixels))
+    cached = replace(padded, pixels=None, visual_tokens=model.forward_features(pixels))
     torch.testing.assert_close(model.logits(cached), model.logits(alone), atol=1e-5, rtol=1e-5)
     heat = model.attention_map(padded)
     assert heat.shape == (2, given.tokens.shape[1], 3, 4, 6)

@@ -173,17 +173,17 @@ def test_a_clip_compares_them_as_each_alone(options: dict[str, Any]) -> None:
         return TextTower(VOCAB, 24, 1, 4, max_len=9)
 
     model, given = shaken(CLIP(vit(pool="attention"), text(), embed_dim=11, **options)), batch()
-    vectors = model.embed_images(given)
-    close(vectors, torch.cat([model.encode_images(image[None]) for image in pictures()]))
+    vectors = model.image_features(given)
+    close(vectors, torch.cat([model.encode_image(image[None]) for image in pictures()]))
     assert given.pixels is not None
     assert given.patch_grids is not None
-    close(vectors, model.encode_images(given.pixels[:, 0], given.patch_grids[:, 0]))
-    texts = model.embed_texts(given)
+    close(vectors, model.encode_image(given.pixels[:, 0], given.patch_grids[:, 0]))
+    texts = model.text_features(given)
     model.compare(given, vectors, texts).loss.backward()
     mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    each = torch.cat([model.embed_images(alone(given, i)) for i in range(3)])
-    model.compare(given, each, model.embed_texts(given)).loss.backward()
+    each = torch.cat([model.image_features(alone(given, i)) for i in range(3)])
+    model.compare(given, each, model.text_features(given)).loss.backward()
     for name, p in model.named_parameters():
         assert (p.grad is None) == (name not in mine), name
         if p.grad is not None:

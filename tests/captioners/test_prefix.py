@@ -90,7 +90,7 @@ def test_prefix_by_definition() -> None:
 def test_coca_by_definition() -> None:
     model, given = coca(), batch()
     assert given.pixels is not None
-    images, texts = model.embed_images(given), model.embed_texts(given)
+    images, texts = model.image_features(given), model.text_features(given)
     for n in range(6):
         one = row(given, n)
         assert one.pixels is not None
@@ -120,7 +120,7 @@ def test_cocas_scale_is_learned_as_a_logarithm_and_limited_to_100() -> None:
 def test_coca_trains_on_both_losses() -> None:
     model, given = coca(), batch()
     said, both = caption_loss(model, given, reduction="sum"), model(given).sums
-    scores = model.logit_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
+    scores = model.logit_scale.exp() * model.image_features(given) @ model.text_features(given).T
     own = torch.arange(6) // 2
     to_images = F.cross_entropy(scores.T, own)
     to_texts = -(scores.log_softmax(1) * (own == torch.arange(3)[:, None]) / 2).sum(1).mean()
@@ -191,7 +191,7 @@ def test_beams_of_a_saved_model(model: Any, tmp_path: Any) -> None:
 def test_cached_features_are_as_good_as_pixels_and_looks_lie_on_the_patches(model: Any) -> None:
     given = batch()
     assert given.pixels is not None
-    cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
+    cached = replace(given, pixels=None, visual_tokens=model.forward_features(given.pixels))
     torch.testing.assert_close(model.logits(cached), model.logits(given), atol=1e-6, rtol=1e-5)
     look: Tensor = model.attention_map(cached)
     assert look.shape == (6, 7, 1, 4, 6)
@@ -212,7 +212,7 @@ def test_frozen_parts_learn_nothing() -> None:
 def test_what_takes_part_in_cocas_contrast() -> None:
     """A picture that stands there twice is no negative of itself, and one without a target is not asked or found."""
     model, given = coca(caption_weight=0.0), replace(batch(), names=("a", "b", "a"))
-    scores = model.logit_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
+    scores = model.logit_scale.exp() * model.image_features(given) @ model.text_features(given).T
     same = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]).float()
     to_texts = -(scores.log_softmax(1) * same / same.sum(1, keepdim=True)).sum(1).mean()
     to_images = -(scores.log_softmax(0) * same / same.sum(0)).sum(0).mean()

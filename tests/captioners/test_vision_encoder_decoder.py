@@ -109,7 +109,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     model, given = VisionEncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
     assert given.pixels is not None
     seen = tower(pixel_values=given.pixels[:, 0]).last_hidden_state
-    torch.testing.assert_close(model.encode(given.pixels)[:, 0], seen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_features(given.pixels)[:, 0], seen, atol=1e-5, rtol=1e-5)
     want = hub(given.tokens, encoder_hidden_states=seen).logits
     torch.testing.assert_close(model.logits(given), want, atol=2e-5, rtol=2e-5)
 
@@ -123,7 +123,7 @@ def test_texts_share_their_image_as_if_each_had_a_copy(connector: bool) -> None:
 def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
     model, given = captioner(connector=True), batch(i=2)
     assert given.pixels is not None
-    tokens = model.encode(given.pixels)
+    tokens = model.forward_features(given.pixels)
     assert tokens.shape == (3, 2, 8, 20)
     cached = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens)
     assert torch.equal(model.logits(cached), model.logits(given))
@@ -264,7 +264,9 @@ def test_look_follows_the_size_of_the_image() -> None:
     assert model.attention_map(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
     given = batch(i=2)
     assert given.pixels is not None
-    cached = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=model.encode(given.pixels))
+    cached = CaptionBatch(
+        given.tokens, given.attention_mask, given.loss_mask, visual_tokens=model.forward_features(given.pixels)
+    )
     assert torch.equal(model.attention_map(cached), model.attention_map(given))
 
 

@@ -49,11 +49,11 @@ def batch(names: tuple[str, ...] = ("a", "b", "a", "c", "d"), texts: int = 2, pr
 
 def by_hand(clip: CLIP, of: CaptionBatch, hardness: float) -> float:
     """The definition, a pair at a time."""
-    images = [clip.encode_images(x[None])[0] for x in of.pixels[:, 0]]  # type: ignore[index]
+    images = [clip.encode_image(x[None])[0] for x in of.pixels[:, 0]]  # type: ignore[index]
     rows = []
     for ids, real in zip(of.tokens.tolist(), of.loss_mask.tolist(), strict=True):
         rows.append((ids[0], *(i for i, r in zip(ids, real, strict=True) if r)))
-    texts = [clip.encode_texts(torch.tensor([row]))[0] for row in rows]
+    texts = [clip.encode_text(torch.tensor([row]))[0] for row in rows]
     each = len(rows) // len(images)
     real = [i for i in range(len(images)) if of.loss_mask[i * each : (i + 1) * each].any()]
     words = [j for j in range(len(rows)) if j // each in real]
@@ -140,7 +140,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     loss_mask[:, 0] = kind == "siglip"
     loss = ours(CaptionBatch(tokens, attention_mask, loss_mask, pixels)).loss
     torch.testing.assert_close(loss, expected.loss, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(ours.encode_images(pixels), expected.image_embeds, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(ours.encode_image(pixels), expected.image_embeds, atol=1e-12, rtol=1e-12)
     loss.backward()
     expected.loss.backward()
     for ours_name, theirs_name in (("text.tok_embed.weight", "text_model.embeddings.token_embedding.weight"),
@@ -222,13 +222,13 @@ def test_padding_changes_no_text(pool: str) -> None:
         pad = 3 if pool == "last" else None
         text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "end", pool=pool, pad_id=pad)  # type: ignore[arg-type]
     clip, of = model(text=text), batch()
-    together = clip.encode_texts(of.tokens, of.attention_mask)
+    together = clip.encode_text(of.tokens, of.attention_mask)
     noise = torch.where(of.attention_mask, of.tokens, torch.randint(53, of.tokens.shape))
-    torch.testing.assert_close(clip.encode_texts(noise, of.attention_mask), together)
+    torch.testing.assert_close(clip.encode_text(noise, of.attention_mask), together)
     for i, length in enumerate(of.attention_mask.sum(1).tolist()):
-        alone = clip.encode_texts(of.tokens[i : i + 1, :length])
+        alone = clip.encode_text(of.tokens[i : i + 1, :length])
         torch.testing.assert_close(alone[0], together[i], atol=1e-12, rtol=1e-12)
-        shorter = clip.encode_texts(of.tokens[i : i + 1, : length - 1])
+        shorter = clip.encode_text(of.tokens[i : i + 1, : length - 1])
         assert float((shorter[0] - together[i]).abs().max()) > 1e-3  # Every token counts.
 
 
@@ -240,14 +240,16 @@ def test_a_prompt_is_not_read_but_for_what_opens() -> None:
         x = getattr(tagged, name)
         setattr(tagged, name, torch.cat((x[:, :1], torch.full_like(x[:, :1], value), x[:, 1:]), 1))
     torch.testing.assert_close(clip(tagged).loss, clip(plain).loss)
-    assert clip.read_texts(tagged)[1].sum() == clip.read_texts(plain)[1].sum()
+    assert clip.text_inputs(tagged)[1].sum() == clip.text_inputs(plain)[1].sum()
 
 
 @torch.no_grad()
 def test_cached_tokens_are_pixels() -> None:
     clip, of = model(freeze_vision=True), batch()
     assert of.pixels is not None
-    cached = CaptionBatch(of.tokens, of.attention_mask, of.loss_mask, None, clip.encode(of.pixels), names=of.names)
+    cached = CaptionBatch(
+        of.tokens, of.attention_mask, of.loss_mask, None, clip.forward_features(of.pixels), names=of.names
+    )
     torch.testing.assert_close(clip(cached).loss, clip(of).loss)
     clip.train()
     assert not clip.vision.training
@@ -261,12 +263,12 @@ def test_a_learned_pooling_reads_all_tokens(tmp_path: Path) -> None:
     assert of.pixels is not None
     tokens = clip.vision.forward_features(of.pixels[:, 0])
     expected = F.normalize(clip.image_proj(clip.image_pool(tokens)[:, 0]), dim=-1)
-    torch.testing.assert_close(clip.embed_images(of), expected)
+    torch.testing.assert_close(clip.image_features(of), expected)
     assert any(p.requires_grad for p in clip.image_pool.parameters())
     assert "image_pool.queries" in clip.no_weight_decay()
     clip.float().save_pretrained(tmp_path)
     pixels = of.pixels[:, 0].float()
-    torch.testing.assert_close(CLIP.from_pretrained(tmp_path).encode_images(pixels), clip.encode_images(pixels))
+    torch.testing.assert_close(CLIP.from_pretrained(tmp_path).encode_image(pixels), clip.encode_image(pixels))
     with pytest.raises(ValueError, match="nothing like pool_heads=4"):
         save_clip(clip, tmp_path)
 
@@ -283,17 +285,17 @@ def test_text_keys_tell_texts_apart() -> None:
 @torch.no_grad()
 def test_a_bert_is_a_text_tower(tmp_path: Path) -> None:
     clip = model(text=TextEncoder(53, 20, 1, 2, max_len=11, dropout=0.0)).float()
-    assert clip.encode_texts(torch.tensor([[2, 8, 9, 3]])).shape == (1, 13)
+    assert clip.encode_text(torch.tensor([[2, 8, 9, 3]])).shape == (1, 13)
     clip.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
     tokens = torch.tensor([[2, 8, 9, 3]])
-    torch.testing.assert_close(again.encode_texts(tokens), clip.eval().encode_texts(tokens))
+    torch.testing.assert_close(again.encode_text(tokens), clip.eval().encode_text(tokens))
 
 
 @pytest.mark.parametrize("width", [17, None])
 def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -> None:
     clip, of = model(text=TextEncoderTower(encoder(mlm_head=True), proj_dim=width)), batch()
-    tower, (tokens, mask) = clip.text, clip.read_texts(of)
+    tower, (tokens, mask) = clip.text, clip.text_inputs(of)
     assert isinstance(tower, TextEncoderTower)
     first = tower.encoder(tokens, attention_mask=mask)[:, 0]
     if width is None:
@@ -312,7 +314,7 @@ def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -
     assert "text.encoder.mlm_proj.bias" not in learns
     clip.float().eval().save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
-    torch.testing.assert_close(again.encode_texts(tokens, mask), clip.encode_texts(tokens, mask))
+    torch.testing.assert_close(again.encode_text(tokens, mask), clip.encode_text(tokens, mask))
 
 
 @torch.no_grad()
@@ -345,11 +347,11 @@ def test_what_does_not_fit_is_refused() -> None:
         TextTower(53, 20, 1, 2, pool="last", pad_id=99)
     clip = CLIP(vision, text)
     with pytest.raises(ValueError, match="texts of 12 tokens, but this tower reads 11 at most"):
-        clip.encode_texts(torch.ones(1, 12, dtype=torch.long))
+        clip.encode_text(torch.ones(1, 12, dtype=torch.long))
     with pytest.raises(ValueError, match="text 1 of 2 is empty"):
-        clip.encode_texts(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]).bool())
+        clip.encode_text(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]]).bool())
     with pytest.raises(ValueError, match="vocabulary of 53"):
-        clip.encode_texts(torch.full((1, 3), 60))
+        clip.encode_text(torch.full((1, 3), 60))
     of = batch()
     of.pixels = torch.randn(5, 2, 3, 14, 14)
     with pytest.raises(ValueError, match="one image with its texts, and these samples have 2"):

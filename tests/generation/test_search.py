@@ -319,7 +319,7 @@ def test_guidance_by_definition() -> None:
 def test_cached_features_are_guided_by_the_features_of_a_blank_image() -> None:
     model, given = captioner(), batch()
     assert given.pixels is not None
-    cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
+    cached = replace(given, pixels=None, visual_tokens=model.forward_features(given.pixels))
     found = [generate(model, b, eos_id=EOS, max_new_tokens=7, guidance_scale=2.0) for b in (given, cached)]
     assert [text.tokens for (text,) in found[0]] == [text.tokens for (text,) in found[1]]
     half = captioner().bfloat16()

@@ -28,7 +28,7 @@ def test_vectors_are_the_models_whatever_the_batches() -> None:
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     pixels = torch.stack([found.transform(image) for image in images])
     with torch.no_grad():
-        torch.testing.assert_close(vectors, found.model.encode_images(pixels))
+        torch.testing.assert_close(vectors, found.model.encode_image(pixels))
     torch.testing.assert_close(found.encode_images(list(pixels)), vectors)
     torch.testing.assert_close(found.encode_images(images[1])[0], vectors[1])
     texts = found.encode_texts(TEXTS)

@@ -163,11 +163,11 @@ def test_the_images_are_those_of_the_captions_and_the_last_is_the_query() -> Non
                 for i in range(len(examples))
                 if text in [c.text for c in examples.captions(i)]
                 and torch.allclose(
-                    model.encode(TRANSFORM(examples.image(i))[None, None])[0, 0], batch.visual_tokens[row, k]
+                    model.forward_features(TRANSFORM(examples.image(i))[None, None])[0, 0], batch.visual_tokens[row, k]
                 )
             ]
             assert len(found) == 1
-        query = model.encode(queries("white", "red").visual)[row, 0]
+        query = model.forward_features(queries("white", "red").visual)[row, 0]
         torch.testing.assert_close(batch.visual_tokens[row, -1], query)
 
 
@@ -194,7 +194,7 @@ def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
     near = FewShot(examples, model, tokenizer(), TRANSFORM, num_examples=15, choose="nearest")
 
     def feature(image: Image.Image) -> torch.Tensor:  # by definition
-        return model.encode(TRANSFORM(image)[None, None])[0, 0].mean(0)
+        return model.forward_features(TRANSFORM(image)[None, None])[0, 0].mean(0)
 
     features = torch.stack([feature(examples.image(i)) for i in range(15)])
     query = feature(Image.new("RGB", (9, 9), COLOURS["blue"])) - features.mean(0)

@@ -117,8 +117,8 @@ class BlipITM(Pretrained, nn.Module):
         self.vision_proj = nn.Linear(vision.dim, embed_dim)
         self.text_proj = nn.Linear(text.dim, embed_dim)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The visual tokens of images: (b 3 height width) -> (b p d)."""
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """The visual tokens of images, not pooled: (b 3 height width) -> (b p d)."""
         return self.vision.forward_features(pixels)
 
     def match(self, visual: Tensor | list[KeyValue], tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -131,11 +131,11 @@ class BlipITM(Pretrained, nn.Module):
         """
         return self.itm_head(self.text(tokens, context=visual, attention_mask=attention_mask)[:, 0])
 
-    def embed_images(self, visual_tokens: Tensor) -> Tensor:
+    def image_features(self, visual_tokens: Tensor) -> Tensor:
         """Visual tokens (b p d) -> (b e), of length 1: their products with texts are the similarities."""
         return F.normalize(self.vision_proj(visual_tokens[:, 0]), dim=-1)
 
-    def embed_texts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Texts (n q), [CLS] first, padded on the right -> (n e), of length 1.
 
         Raises:

@@ -162,11 +162,11 @@ class OpenCoCa(Captioner):
         queries = self.norm_queries(self.queries).expand(len(context), -1, -1)
         return self.norm_pooled(self.pool(queries, context, mask=mask))
 
-    def embed_images(self, batch: CaptionBatch) -> Tensor:
+    def image_features(self, batch: CaptionBatch) -> Tensor:
         """The images as vectors of length 1: (b e)."""
         return F.normalize(self.image_proj(self.pooled(batch)[:, 0]), dim=-1)
 
-    def embed_texts(self, batch: CaptionBatch) -> Tensor:
+    def text_features(self, batch: CaptionBatch) -> Tensor:
         """Right-padded texts as vectors of length 1 (n e): what a learned token at the end of each gathers.
 
         As open_clip trained it, it stands at the last place, reads the first token of padding (id 0) too, and itself

@@ -262,7 +262,7 @@ def cache_bytes(module: nn.Module, data: CaptionData, kept: CacheFeatures) -> in
         return 0
     with torch.no_grad():
         height, width = data.transform.size
-        one = captioner.encode(torch.zeros(1, 1, 3, height, width)).numel()
+        one = captioner.forward_features(torch.zeros(1, 1, 3, height, width)).numel()
     width_of = {"float16": 2, "bfloat16": 2, "float32": 4}[kept.dtype]
     splits = {data.train_split: 2 if kept.flip else 1} | dict.fromkeys(data.val_splits, 1)
     return sum(len(data.pairs(split)) * expand_size for split, expand_size in splits.items()) * one * width_of

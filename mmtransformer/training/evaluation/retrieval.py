@@ -239,8 +239,8 @@ def _split(
 def _image_vectors(model: Blip2QFormer | CLIP, batch: CaptionBatch) -> Tensor:
     """A batch's images: (b l e)."""
     if isinstance(model, CLIP):
-        return model.embed_images(batch).float()[:, None]
-    return model.embed_images(model.qformer.encode_queries(model.context(batch)).queries).float()
+        return model.image_features(batch).float()[:, None]
+    return model.project_queries(model.qformer.encode_queries(model.context(batch)).queries).float()
 
 
 def _read_by(model: Blip2QFormer | CLIP, row: CaptionRow) -> np.ndarray:
@@ -252,8 +252,7 @@ def _read_by(model: Blip2QFormer | CLIP, row: CaptionRow) -> np.ndarray:
 
 def _text_vectors(model: Blip2QFormer | CLIP, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """Texts: (n e)."""
-    encode = model.encode_texts if isinstance(model, CLIP) else model.embed_texts
-    return encode(tokens, attention_mask).float()
+    return model.encode_text(tokens, attention_mask).float()
 
 
 def _batches(data: CaptionData, split: str, limit: int | None) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:

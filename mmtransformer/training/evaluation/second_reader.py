@@ -46,7 +46,7 @@ def _features(captioner: ImageCaptioner, images: Sequence[Image.Image]) -> NDArr
     found = []
     for first in range(0, len(images), 16):
         batch = captioner.batch(images[first : first + 16])
-        found.append(model.encode(batch.pixels)[:, 0].mean(1).double().cpu())
+        found.append(model.forward_features(batch.pixels)[:, 0].mean(1).double().cpu())
     return torch.cat(found).numpy()
 
 

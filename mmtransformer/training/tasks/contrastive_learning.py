@@ -105,7 +105,7 @@ class ContrastiveLearning(Task[CaptionData]):
     def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss and what is right within a batch, and keeps the first vectors for recall."""
         split = self.split_names[dataloader_idx]
-        images, texts = self.model.embed_images(batch), self.model.embed_texts(batch)
+        images, texts = self.model.image_features(batch), self.model.text_features(batch)
         ids = image_ids(batch.names, batch.loss_mask)
         output = self.model.compare(batch, images, texts)  # First: all processes have to meet in it.
         counted = batch.loss_mask.any().to(output.loss.dtype)

@@ -141,8 +141,8 @@ def clip_to_transformers(model: CLIP, ids: Mapping[str, int] | None = None) -> t
     for scalar in ("logit_scale", "logit_bias"):
         if (value := getattr(model, scalar)) is not None:
             tensors[scalar] = value.detach().reshape(shape).clone()
-    widths = {} if siglip else {"projection_dim": model.width}
-    text_config |= {"projection_size": model.width} if siglip else widths
+    widths = {} if siglip else {"projection_dim": model.projection_dim}
+    text_config |= {"projection_size": model.projection_dim} if siglip else widths
     config = {
         "model_type": kind,
         "architectures": [class_name],

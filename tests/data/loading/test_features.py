@@ -298,7 +298,7 @@ class FakeCaptioner(nn.Module):
         self.vision = vision
         self.head = nn.Linear(2, 2)
 
-    def encode(self, x):
+    def forward_features(self, x):
         b, i = x.shape[:2]
         return self.vision.forward_features(x.flatten(0, 1))[:, 1:].unflatten(0, (b, i))
 
@@ -324,7 +324,18 @@ def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
             assert torch.equal(a.tokens, b.tokens)
             assert a.visual_tokens.dtype == torch.float16, "as the cache has them; the model casts"
             assert a.visual_tokens.shape == (len(a.names), 1, 15, 6)
-            torch.testing.assert_close(a.visual_tokens.float(), captioner.encode(b.pixels), atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(
+                a.visual_tokens.float(), captioner.forward_features(b.pixels), atol=2e-3, rtol=2e-3
+            )
+
+
+def test_a_vision_encoder_alone_gives_its_own_tokens(tmp_path):
+    vision = tower()
+    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data.use_features(vision, progress=False)
+    (a,), (b,) = ([next(iter(x.val_dataloader()[0]))] for x in (data, make(image=TRANSFORM)))
+    expected = vision.forward_features(b.pixels[:, 0])
+    torch.testing.assert_close(a.visual_tokens[:, 0].float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):

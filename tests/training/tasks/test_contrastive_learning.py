@@ -102,13 +102,13 @@ def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest
 def test_validations_recall_is_that_of_whole_splits(tmp_path: Path) -> None:
     task, data = ContrastiveLearning(model()), scenes()
     trainer(tmp_path).validate(task, datamodule=data, verbose=False)
-    images = task.model.encode_images(torch.stack([data.transform(data.pairs("val").image(i)) for i in range(5)]))
+    images = task.model.encode_image(torch.stack([data.transform(data.pairs("val").image(i)) for i in range(5)]))
     rows = data.rows("val")
     texts, owner = [], []
     for i in range(5):
         for row in rows.fixed(i, 2):  # a batch has as many captions as there are languages
             tokens = np.concatenate((row.tokens[:1], row.tokens[row.prompt :]))
-            texts.append(task.model.encode_texts(torch.tensor(tokens)[None].long())[0])
+            texts.append(task.model.encode_text(torch.tensor(tokens)[None].long())[0])
             owner.append(i)
     expected = recall_at_k((images @ torch.stack(texts).T).detach().numpy(), owner)
     for name in RECALLS:

@@ -233,8 +233,8 @@ def test_recall_is_that_of_all_pairs() -> None:
     ]
     for i in range(5):
         visual = m.vision.forward_features(transform(pairs.image(i))[None])
-        queries = m.embed_images(m.qformer(visual))[0]
-        near.append([float((queries @ m.embed_texts(t, t >= 0)[0]).max()) for t in tokens])
+        queries = m.project_queries(m.qformer(visual))[0]
+        near.append([float((queries @ m.encode_text(t, t >= 0)[0]).max()) for t in tokens])
         matched.append([float(m.match(visual, t, t >= 0)[0, 1]) for t in tokens])
     assert found.texts == texts
     assert found.owner == owner

@@ -201,7 +201,7 @@ def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtur
         torch.testing.assert_close(encoder.encode_images(file)[0], vector, atol=1e-6, rtol=1e-5)
         pixels = encoder.transform(load(file))
         assert pixels.shape[1] // 8 * (pixels.shape[2] // 8) <= 16
-        torch.testing.assert_close(F.normalize(encoder.model.encode_images(pixels[None]))[0], vector)
+        torch.testing.assert_close(F.normalize(encoder.model.encode_image(pixels[None]))[0], vector)
     index = ImageIndex.build(encoder, [pictures], path=tmp_path / "index.safetensors")
     torch.testing.assert_close(index.contents.embeddings.float(), vectors, atol=1e-3, rtol=1e-3)
     assert encoder.classify(files[:2], ["grey", "red"])

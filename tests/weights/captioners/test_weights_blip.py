@@ -110,7 +110,7 @@ def test_a_captioner_of_transformers(shape: dict[str, Any]) -> None:
         found = ours.logits(batch)
         tower = theirs.vision_model(pixels).last_hidden_state
     close(found[real], want[real])
-    close(ours.encode(pixels)[:, 0], tower)
+    close(ours.forward_features(pixels)[:, 0], tower)
     assert want[real].std() > 0.5
     assert want[real].argmax(-1).unique().numel() > 2
 
@@ -301,11 +301,11 @@ def test_matching_and_contrast_are_theirs(shape: dict[str, Any]) -> None:
     batch = batch_of(pixels, QUESTIONS)
     real = batch.attention_mask
     with torch.no_grad():
-        visual = ours.encode(pixels)
+        visual = ours.forward_features(pixels)
         given = {"input_ids": batch.tokens, "pixel_values": pixels, "attention_mask": real.long()}
         close(ours.match(visual, batch.tokens, real), theirs(**given).itm_score)
         want = theirs(**given, use_itm_head=False).itm_score
-        close(ours.embed_images(visual) @ ours.embed_texts(batch.tokens, real).T, want)
+        close(ours.image_features(visual) @ ours.encode_text(batch.tokens, real).T, want)
         # All texts beside the first image, whose keys are computed once.
         first = {**given, "pixel_values": pixels[:1].expand(3, -1, -1, -1)}
         close(ours.match(ours.text.project_context(visual[:1]), batch.tokens, real), theirs(**first).itm_score)

@@ -195,9 +195,9 @@ def test_retrieval() -> None:
     with torch.no_grad():
         visual = ours.vision.forward_features(pixels)
         itc = theirs(pixels, placed(tokens), mask)
-        images = ours.embed_images(ours.qformer(visual))
+        images = ours.project_queries(ours.qformer(visual))
         close(images, itc.image_embeds)
-        words = ours.embed_texts(tokens, attention_mask)
+        words = ours.encode_text(tokens, attention_mask)
         close(words, itc.text_embeds)
         close((images @ words.T).amax(1), itc.logits_per_image)
         itm = theirs(pixels, placed(tokens), mask, use_image_text_matching_head=True)
@@ -353,7 +353,7 @@ def test_stage_1_of_lavis() -> None:
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
     with torch.no_grad():
         itc = theirs(pixels, placed(classed), mask)
-        close(ours.embed_texts(tokens, attention_mask), itc.text_embeds)
+        close(ours.encode_text(tokens, attention_mask), itc.text_embeds)
         itm = theirs(pixels, placed(classed), mask, use_image_text_matching_head=True)
         close(ours.match(ours.vision.forward_features(pixels), tokens, attention_mask), itm.logits_per_image)
         hidden = torch.randn(2, 5, 20)

@@ -173,7 +173,7 @@ def test_small_visual_tokens_of_idefics_are_normed_once() -> None:
     hidden = tower(given.pixels.flatten(0, 1)).last_hidden_state
     assert 0.005 < hidden.std() < 0.02
     ours = from_idefics(theirs)
-    torch.testing.assert_close(ours.encode(given.pixels).flatten(0, 1), hidden, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.forward_features(given.pixels).flatten(0, 1), hidden, atol=1e-6, rtol=1e-5)
     assert ours.connector is not None
     found = ours.latents(given).flatten(0, 1)
     torch.testing.assert_close(found, theirs.model.perceiver_resampler(hidden), atol=2e-5, rtol=1e-5)

@@ -62,8 +62,8 @@ def test_by_definition(shape: str) -> None:
     logits, image, text = reference(config, state, pixels, padded)
     batch = given(pixels, tokens, real)
     close(ours.logits(batch)[real], logits[:, :9][real])
-    close(ours.embed_images(batch), image)
-    close(ours.embed_texts(batch), text)
+    close(ours.image_features(batch), image)
+    close(ours.text_features(batch), text)
     again = open_coca_from_state(config, state, "it")
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in again.state_dict().items())
 
@@ -119,8 +119,8 @@ def test_open_clip_reads_what_is_written(shape: str, tmp_path: Path) -> None:
     pixels, tokens, real = inputs()
     text, whole = tokens.masked_fill(~real, 0), given(pixels, tokens, real)
     image, embs = theirs._encode_image(pixels)
-    close(ours.embed_images(whole), image)
-    close(ours.embed_texts(whole), theirs.encode_text(F.pad(text, (0, 3))))
+    close(ours.image_features(whole), image)
+    close(ours.text_features(whole), theirs.encode_text(F.pad(text, (0, 3))))
     logits = theirs.text_decoder(embs, theirs._encode_text(text)[1])
     close(ours.logits(whole)[real], logits[real])
 

@@ -90,7 +90,7 @@ def test_the_logits(encoder: str, decoder: str) -> None:
     batch = batch_of(pixels, [[START, 5, 9, 4, 11], [START, 8], [START, 3, 12]])
     real = batch.attention_mask
     with torch.no_grad():
-        close(ours.encode(pixels)[:, 0], theirs.encoder(pixels).last_hidden_state)
+        close(ours.forward_features(pixels)[:, 0], theirs.encoder(pixels).last_hidden_state)
         want = theirs(pixels, decoder_input_ids=batch.tokens, decoder_attention_mask=real.long()).logits
         close(ours.logits(batch)[real], want[real])
     assert want[real].std() > 0.5

@@ -218,8 +218,8 @@ def test_open_clip_there_and_back(tmp_path: Path) -> None:
     }  # fmt: skip
     back = load_clip(tmp_path)
     pixels, tokens = torch.randn(2, 3, 21, 21), torch.randint(0, 53, (3, 11))
-    torch.testing.assert_close(back.encode_images(pixels), ours.encode_images(pixels), atol=1e-6, rtol=1e-6)
-    assert torch.equal(back.encode_texts(tokens), ours.encode_texts(tokens))
+    torch.testing.assert_close(back.encode_image(pixels), ours.encode_image(pixels), atol=1e-6, rtol=1e-6)
+    assert torch.equal(back.encode_text(tokens), ours.encode_text(tokens))
     Tokenizer.train(["a red star"] * 3, 300).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer has 2.. tokens, but the model scores 53"):
         DualEncoder.from_pretrained(tmp_path)
@@ -229,7 +229,7 @@ def test_open_clip_there_and_back(tmp_path: Path) -> None:
     # A custom text model has the same tensors below "text.".
     custom = {n if n.startswith(("visual.", "logit")) else f"text.{n}": t for n, t in state.items()}
     save_file(custom, tmp_path / "open_clip_model.safetensors")
-    assert torch.equal(load_clip(tmp_path).encode_texts(tokens), ours.encode_texts(tokens))
+    assert torch.equal(load_clip(tmp_path).encode_text(tokens), ours.encode_text(tokens))
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     for path, value, said in ((("vision_cfg", "timm_model_name"), "vit_base", "timm_model_name is 'vit_base'"),
                               (("text_cfg", "hf_model_name"), "roberta-base", "hf_model_name is 'roberta-base'"),
