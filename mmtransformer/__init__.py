@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from mmtransformer.losses.contrastive import itg_loss as itg_loss
     from mmtransformer.losses.contrastive import itm_loss as itm_loss
     from mmtransformer.losses.hard_negatives import hard_negatives as hard_negatives
+    from mmtransformer.losses.next_token import SumAndCount as SumAndCount
     from mmtransformer.losses.sigmoid import siglip_loss as siglip_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
     from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.search.image_index import ImageIndex as ImageIndex
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.pipelines.vocabulary import restrict_vocabulary as restrict_vocabulary
+    from mmtransformer.serialization.hub import HubOptions as HubOptions
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"

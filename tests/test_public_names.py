@@ -52,6 +52,14 @@ def test_a_name_that_is_not_here_is_answered_with_the_nearest() -> None:
     assert not hasattr(mm, "_repr_html_")
 
 
+def test_what_arguments_and_results_are_stands_where_one_looks() -> None:
+    import mmtransformer as mm
+
+    for package, names in ((mm, {"HubOptions", "SumAndCount"}), (mm.training, {"Tuning"}), (mm.data, {"World"})):
+        assert names <= set(dir(package))
+        assert all(isinstance(getattr(package, name), type) for name in names)
+
+
 def test_types_are_found() -> None:
     assert (ROOT / "mmtransformer" / "py.typed").is_file()
 

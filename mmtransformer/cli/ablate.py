@@ -1,4 +1,4 @@
-"""`mmt ablate`: every bridge on the same towers, data and steps, with as many parameters; one table and one picture."""
+"""`mmt ablate`: every connector on the same towers, data and steps, of one size; one table and one picture."""
 
 import gc
 import json
@@ -11,44 +11,44 @@ from mmtransformer.serialization.printable import say
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Trains the bridges one after the other."""
+    """Trains the connectors one after the other."""
     parser = command_parser(name)
     parser.description = (
-        "Train several bridges between the vision tower and the language model of a recipe, with the same "
+        "Train several connectors between the vision tower and the language model of a recipe, with the same "
         "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`."
     )
     text = "a captioning recipe; of several, later ones override earlier ones, as in mmt fit"
     parser.add_argument("--config", metavar="FILE", action="append", required=True, help=text)
-    parser.add_argument("--bridges", default="cross,flamingo,qformer,prefix", help="which ones (all four)")
-    parser.add_argument("--parameters", type=int, metavar="N", help="of each bridge (as many as the recipe's has)")
+    parser.add_argument("--connectors", default="cross,flamingo,qformer,prefix", help="which ones (all four)")
+    parser.add_argument("--parameters", type=int, metavar="N", help="of each connector (as many as the recipe's has)")
     parser.add_argument("--out", metavar="DIR", help="folder (runs/ablate_NAME_OF_RECIPE)")
     args, rest = parser.parse_known_args(list(words))
-    bridges = args.bridges.split(",")
+    connectors = args.connectors.split(",")
 
     from mmtransformer.cli.recipes import recipe_file
-    from mmtransformer.training.evaluation.ablation import check_bridges
+    from mmtransformer.training.evaluation.ablation import check_connectors
 
-    check_bridges(bridges)
+    check_connectors(connectors)
     files = [recipe_file(file) for file in args.config]
     out = Path(args.out or Path("runs") / f"ablate_{Path(args.config[0]).stem}")
     configs = [word for file in files for word in ("--config", file)]
     parameters, rows = args.parameters, {}
-    for bridge in bridges:
-        say(f"\n== {bridge} ==")
-        rows[bridge], parameters = train(bridge, [*configs, *rest], out / bridge, parameters)
-        gc.collect()  # Trainer and model hold each other: without it the next bridge would find them in memory.
+    for connector in connectors:
+        say(f"\n== {connector} ==")
+        rows[connector], parameters = train(connector, [*configs, *rest], out / connector, parameters)
+        gc.collect()  # Trainer and model hold each other: without it the next connector would find them in memory.
     report(out, rows, parameters)
     return 0
 
 
-def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -> tuple[dict[str, Any], int]:
-    """Trains one bridge in the place of the recipe's own.
+def train(connector: str, words: list[str], folder: Path, parameters: int | None) -> tuple[dict[str, Any], int]:
+    """Trains one connector in the place of the recipe's own.
 
     Args:
-        bridge: Its name.
+        connector: Its name.
         words: The recipe and its overrides, as words of `mmt fit`.
         folder: Where its run goes.
-        parameters: How many numbers it learns; None = as many as the recipe's own bridge.
+        parameters: How many numbers it learns; None = as many as the recipe's own connector.
 
     Returns:
         What the run's metrics.json says, and the number asked for.
@@ -60,7 +60,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
     from mmtransformer.captioners.base import is_frozen
     from mmtransformer.cli.fit import fit, recipe_cli
     from mmtransformer.training import Captioning
-    from mmtransformer.training.evaluation.ablation import Frozen, bridge_parameters, sized
+    from mmtransformer.training.evaluation.ablation import Frozen, connector_parameters, sized
 
     cli = recipe_cli([*words, f"--trainer.default_root_dir={folder}"], folder)
     module = cli.model
@@ -69,18 +69,18 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
         raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
     if getattr(decoder, "cross_dim", None) is not None:
         raise ValueError(
-            "the recipe's language model has a bridge within it, cross-attention: ablate needs one that reads text "
+            "the recipe's language model has a connector within it, cross-attention: ablate needs one that reads text "
             "alone, as that of flamingo_scenes does"
         )
     captioner = module.captioner
-    parameters = bridge_parameters(captioner) if parameters is None else parameters
+    parameters = connector_parameters(captioner) if parameters is None else parameters
     frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
-    module.captioner = sized(bridge, captioner.vision, decoder, parameters, frozen)
-    learned = bridge_parameters(module.captioner)
-    say(f"{learned:,} parameters in the bridge ({learned / parameters - 1:+.1%} of {parameters:,})")
+    module.captioner = sized(connector, captioner.vision, decoder, parameters, frozen)
+    learned = connector_parameters(module.captioner)
+    say(f"{learned:,} parameters in the connector ({learned / parameters - 1:+.1%} of {parameters:,})")
     fit(cli)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    return metrics | {"bridge_parameters": learned}, parameters
+    return metrics | {"connector_parameters": learned}, parameters
 
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
@@ -89,18 +89,18 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.plots.comparison import save_comparison
 
-    table = {bridge: scores_of(metrics) for bridge, metrics in rows.items()}
+    table = {connector: scores_of(metrics) for connector, metrics in rows.items()}
     names = list(dict.fromkeys(name for row in table.values() for name in row))
-    lines = [f"{'':<32}" + "".join(f"{bridge:>12}" for bridge in table)]
+    lines = [f"{'':<32}" + "".join(f"{connector:>12}" for connector in table)]
     for name in names:
         cells = (row.get(name) for row in table.values())
         lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
     say("\n" + "\n".join(lines))
     write_json(out / "ablation.json", table)
     shown = [name for name in names if name.startswith(("facts", *(TABLE[n].label for n in HEADLINE)))]
-    bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
-    logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}
-    title = f"Bridges of {parameters / 1e6:.2f} million parameters"
+    bars = {name: {connector: row[name] for connector, row in table.items() if name in row} for name in shown}
+    logs = {connector: out / connector / "metrics.csv" for connector in rows}
+    title = f"Connectors of {parameters / 1e6:.2f} million parameters"
     path = save_comparison(bars, logs, out / "ablation.png", title=title)
     say(f"\ntable     {out / 'ablation.json'}\npicture   {path}")
 
@@ -126,5 +126,5 @@ def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     for split, losses in metrics.get("image_ablation", {}).items():
         found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
     training = metrics["training"]
-    found |= {"bridge parameters": metrics["bridge_parameters"], "steps": training["steps"]}
+    found |= {"connector parameters": metrics["connector_parameters"], "steps": training["steps"]}
     return found | {"seconds": training["seconds"]}

@@ -9,7 +9,10 @@ from mmtransformer.serialization.pretrained import Pretrained
 
 
 class Connector(Pretrained, nn.Module, ABC):
-    """Visual tokens -> tokens that cross-attention reads: for `VisionEncoderDecoder` and `Flamingo`.
+    """Visual tokens -> tokens that cross-attention reads: the `connector` of `VisionEncoderDecoder` and `Flamingo`.
+
+    Where tokens stand amid the text, the `connector` is a projector of a grid of patches (`MLPProjector`,
+    `LinearProjector`: `Llava`, `PaliGemma`, `PrefixCaptioner`), called in another way, and not of this class.
 
     A new one is a class of this kind in a file beside this one; only the library's public names can be saved. For
     `VisionEncoderDecoder`'s attention maps it gives a token a patch.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.scenes.parallel import SceneTranslations as SceneTranslations
     from mmtransformer.data.scenes.scene_documents import SceneDocuments as SceneDocuments
     from mmtransformer.data.scenes.scenes import Scenes as Scenes
+    from mmtransformer.data.scenes.world import World as World
     from mmtransformer.data.text_only.masked import MaskedTextData as MaskedTextData
     from mmtransformer.data.text_only.text_source import CaptionTexts as CaptionTexts
     from mmtransformer.data.text_only.text_source import TextFiles as TextFiles

@@ -91,7 +91,8 @@ def resolve_precision(
 
     Args:
         precision: "auto", or as `for_inference` has it.
-        dtype: The same in transformers' words, "auto", "float32" or "bfloat16", in its place.
+        dtype: The same in transformers' words, "auto", "float32" or "bfloat16", in its place; "auto" is not the
+            format of the files, as it is there.
         device: Where to compute; None = where `pick_device` says.
         decoder: The language model, as it was loaded.
 

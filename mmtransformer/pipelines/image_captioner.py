@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from PIL.Image import Image
@@ -121,7 +121,8 @@ class ImageCaptioner(Pipeline[Captioner]):
             folder_or_id: The folder, or the name of a hub's repository.
             device: Where to compute; a GPU if there is one.
             precision: See the constructor; "auto" is the fastest that is safe, and says which (`resolve_precision`).
-            dtype: The same in transformers' words: "auto", "float32" or "bfloat16".
+            dtype: The same in transformers' words: "float32", "bfloat16", or "auto", which here is the fastest that was
+                measured safe, not the format of the files as in transformers.
             revision: Of the repository: a branch, tag or commit.
             token: Of an account on the hub; that of `hf auth login` unless told.
             cache_dir: Of the hub's cache.
@@ -287,18 +288,6 @@ class ImageCaptioner(Pipeline[Captioner]):
             )
         return language or (known[0] if known else None)
 
-    @overload
-    def stream(  # pyright: ignore[reportOverlappingOverload] (a path is letters, too)
-        self,
-        images: ImageLike,
-        *,
-        prompt: str | None = None,
-        language: str | None = None,
-        generation: GenerationConfig | None = None,
-        prompt_builder: Prompts | None = None,
-    ) -> Iterator[str]: ...
-
-    @overload
     def stream(
         self,
         images: Iterable[ImageLike],
@@ -310,52 +299,65 @@ class ImageCaptioner(Pipeline[Captioner]):
         batch_size: int = 16,
         on_error: Callable[[ImageLike, ImageError], object] | None = None,
         **changes: Any,
-    ) -> Iterator[list[CaptionResult]]: ...
+    ) -> Iterator[list[CaptionResult]]:
+        """Yields the captions of any number of pictures, in their order.
 
-    def stream(
+        Only the next few batches are in memory, loaded by threads while the last one is captioned.
+
+        Args:
+            images: The pictures, as a list or an iterator without end.
+            prompt: The words that a public model captions after; its own unless told.
+            language: The captions' language; the first one that the model knows unless told.
+            generation: How to search, in place of the model's own settings.
+            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
+            batch_size: Pictures at once.
+            on_error: Called with each picture that cannot be used, and why; in its place an empty list is yielded. None
+                raises the error.
+            changes: Single settings of the search, as of a call.
+
+        Yields:
+            For each picture its captions, best first.
+
+        Raises:
+            ImageError: If a picture cannot be used.
+            ValueError: If it is a single picture, the model does not know the language, or settings make no sense.
+        """
+        if isinstance(images, str | bytes | Path | Image) or hasattr(images, "read"):  # A path is letters, too.
+            raise ValueError(
+                "stream takes many pictures: give [picture], or write one's caption by stream_text(picture)"
+            )
+        settings, language = (generation or self.generation).updated(**changes), self.language(language)
+        made = self.prompt_builder(prompt, prompt_builder)
+        many = caption_all(self, images, load, [language], generation=settings, prompts=made, batch_size=batch_size)
+        return self._stream_many(many, on_error)
+
+    def stream_text(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        image: ImageLike,
         *,
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompt_builder: Prompts | None = None,
-        batch_size: int = 16,
-        on_error: Callable[[ImageLike, ImageError], object] | None = None,
-        **changes: Any,
-    ) -> Iterator[str] | Iterator[list[CaptionResult]]:
-        """Yields one picture's caption piece by piece, as it is written; or the captions of any number of pictures.
-
-        Of many pictures only the next few batches are in memory, loaded by threads while the last one is captioned.
+    ) -> Iterator[str]:
+        """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
 
         Args:
-            images: The picture, whose caption is written greedily, or drawn. Or pictures, as a list or an iterator
-                without end.
-            prompt: The words that a public model captions after; its own unless told.
-            language: The captions' language; the first one that the model knows unless told.
-            generation: How to search, in place of the model's own settings; for one picture beams are left aside.
-            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
-            batch_size: Of many pictures, how many at once.
-            on_error: Called with each of many pictures that cannot be used, and why; in its place an empty list is
-                yielded. None raises the error.
-            changes: Single settings of the search, for many pictures, as of a call.
-
-        Yields:
-            Of one picture, pieces of text. Of many, for each in their order its captions, best first.
+            image: The picture.
+            prompt: As of `stream`.
+            language: As of `stream`.
+            generation: As of `stream`; beams are left aside.
+            prompt_builder: As of `stream`.
 
         Raises:
-            ImageError: If a picture cannot be used.
-            ValueError: If the model does not know the language, or settings make no sense.
+            ImageError: If the picture cannot be used.
+            ValueError: If the model does not know the language.
         """
-        settings, language = (generation or self.generation).updated(**changes), self.language(language)
+        settings, language = generation or self.generation, self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
-        if isinstance(images, str | bytes | Path | Image) or hasattr(images, "read"):
-            with torch.inference_mode():
-                batch = self.batch([cast(ImageLike, images)])
-            return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=made)
-        given = cast(Iterable[ImageLike], images)
-        many = caption_all(self, given, load, [language], generation=settings, prompts=made, batch_size=batch_size)
-        return self._stream_many(many, on_error)
+        with torch.inference_mode():
+            batch = self.batch([image])
+        return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=made)
 
     @staticmethod
     def _stream_many(

@@ -29,5 +29,6 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.masked_language_modeling import MaskedLanguageModeling as MaskedLanguageModeling
     from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1 as QFormerStage1
     from mmtransformer.training.tasks.translation import Translation as Translation
+    from mmtransformer.training.tasks.tuning import Tuning as Tuning
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -70,14 +70,14 @@ if TYPE_CHECKING:
     from mmtransformer.weights.families import family_of as family_of
     from mmtransformer.weights.text.bert import encoder_to_bert as encoder_to_bert
     from mmtransformer.weights.text.bert import from_bert as from_bert
-    from mmtransformer.weights.text.bert import load_encoder as load_encoder
-    from mmtransformer.weights.text.bert import save_encoder as save_encoder
+    from mmtransformer.weights.text.bert import load_bert as load_bert
+    from mmtransformer.weights.text.bert import save_bert as save_bert
     from mmtransformer.weights.text.gpt2 import decoder_to_gpt2 as decoder_to_gpt2
-    from mmtransformer.weights.text.lm import from_transformers as from_transformers
+    from mmtransformer.weights.text.lm import lm_from_transformers as lm_from_transformers
+    from mmtransformer.weights.text.lm import lm_to_transformers as lm_to_transformers
     from mmtransformer.weights.text.lm import load_lm as load_lm
     from mmtransformer.weights.text.lm import load_tokenizer as load_tokenizer
     from mmtransformer.weights.text.lm import save_lm as save_lm
-    from mmtransformer.weights.text.lm import to_transformers as to_transformers
     from mmtransformer.weights.vision.clip import vision_from_clip as vision_from_clip
     from mmtransformer.weights.vision.clip import vision_to_clip as vision_to_clip
     from mmtransformer.weights.vision.dino import save_dino as save_dino

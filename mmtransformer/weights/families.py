@@ -47,7 +47,7 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
 )
 from mmtransformer.weights.dual_encoders.dual import save_clip
 from mmtransformer.weights.processors.processor import Processor
-from mmtransformer.weights.text.bert import load_encoder, save_encoder
+from mmtransformer.weights.text.bert import load_bert, save_bert
 from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
@@ -120,7 +120,7 @@ FAMILIES: dict[str, Family] = {
         name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,))
         for name in ("gpt2", "opt", *LLAMAS, *GEMMAS)
     },
-    "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
+    "bert": Family(load_bert, save_bert, (TextEncoder,), ("bert",)),
     "blip": Family(
         load_blip,
         save_blip,

@@ -284,7 +284,9 @@ def test_stream_of_paths_keeps_the_order(model: str, photos: Path) -> None:
     assert next(many)
     with pytest.raises(ImageError, match=r"bad\.jpg"):
         next(many)
-    assert "".join(captioner.stream(str(paths[0]))) == rows[0][0].text
+    assert "".join(captioner.stream_text(str(paths[0]))) == rows[0][0].text
+    with pytest.raises(ValueError, match=r"give \[picture\], or write one's caption by stream_text\(picture\)"):
+        captioner.stream(str(paths[0]))
     assert len(next(captioner.stream(paths, num_beams=3, num_return_sequences=2))) == 2
 
 

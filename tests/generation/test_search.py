@@ -381,7 +381,7 @@ def test_a_captioner_is_made_ready_with_its_first_image() -> None:
         assert said[precision].log_prob == pytest.approx(want[0][0][0].log_prob, rel=0.02)
         assert captioner.heatmap(image, said[precision]).isfinite().all()
         guided = GenerationConfig(num_beams=1, guidance_scale=2.0)
-        assert "".join(captioner.stream(image, generation=guided)) is not None
+        assert "".join(captioner.stream_text(image, generation=guided)) is not None
     assert said["fp32"].text == want[0][0][0].text
     assert said["fp32"].log_prob != said["int8"].log_prob
 
@@ -391,7 +391,7 @@ def test_a_streamed_caption_is_the_greedy_one(language: str) -> None:
     captioner, image = words_and_model()
     greedy = GenerationConfig(num_beams=1, max_new_tokens=30)
     (said,) = captioner(image, language=language, generation=greedy)[0]
-    parts = list(captioner.stream(image, language=language, generation=greedy))
+    parts = list(captioner.stream_text(image, language=language, generation=greedy))
     assert "".join(parts) == said.text
     assert all(parts)
 

@@ -71,7 +71,7 @@ def test_a_drawn_caption_is_streamed_as_it_is_written() -> None:
     model = captioner()
     drawn = GenerationConfig(do_sample=True, max_new_tokens=12, seed=3)
     for picture in images():
-        assert "".join(model.stream(picture, generation=drawn)) == model(picture, generation=drawn)[0][0].text
+        assert "".join(model.stream_text(picture, generation=drawn)) == model(picture, generation=drawn)[0][0].text
 
 
 def test_a_heat_map_is_of_a_caption_not_of_its_text() -> None:
@@ -81,7 +81,7 @@ def test_a_heat_map_is_of_a_caption_not_of_its_text() -> None:
 
 def test_words_that_must_come_cannot_be_streamed() -> None:
     with pytest.raises(ValueError, match="force_words need beams"):
-        next(captioner().stream(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
+        next(captioner().stream_text(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, None, "3"])

@@ -25,8 +25,8 @@ from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
     ViTSettings,
+    load_bert,
     load_blip2,
-    load_encoder,
     load_lm,
     load_vit,
     qformer_from_bert,
@@ -213,7 +213,7 @@ def test_berts_that_claim_more(key: str, tmp_path: Path) -> None:
     for value in (HUGE, "x", -1, None):
         config = {"model_type": "bert"} | (SIZES | {key: value} if key else {})
         (tmp_path / "config.json").write_text(json.dumps(config))
-        refused(lambda: load_encoder(str(tmp_path)), tmp_path)
+        refused(lambda: load_bert(str(tmp_path)), tmp_path)
         refused(lambda: qformer_from_bert(str(tmp_path)), tmp_path)
 
 

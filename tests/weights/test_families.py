@@ -36,7 +36,7 @@ from mmtransformer import (
     ViTRopeConfig,
 )
 from mmtransformer.captioners.flamingo import GatedBlockConfig
-from mmtransformer.weights import FAMILIES, families_for, family_of, load_encoder, save_encoder
+from mmtransformer.weights import FAMILIES, families_for, family_of, load_bert, save_bert
 from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 
@@ -200,14 +200,14 @@ def test_an_encoder_that_transformers_reads(kind: str, tmp_path: Path) -> None:
     import transformers
 
     encoder = shaken(TextEncoder(VOCAB, 24, 2, 4, mlp_dim=31, max_len=29, activation="relu", **HEADS[kind]))
-    save_encoder(encoder, tmp_path)
+    save_bert(encoder, tmp_path)
     theirs, report = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     tokens = torch.randint(VOCAB, (3, 7))
     base: Any = theirs if kind == "BertModel" else theirs.bert
     want = base.eval()(tokens).last_hidden_state
     torch.testing.assert_close(encoder(tokens), want, atol=1e-5, rtol=1e-5)
-    assert torch.equal(load_encoder(tmp_path)(tokens), encoder(tokens))
+    assert torch.equal(load_bert(tmp_path)(tokens), encoder(tokens))
 
 
 def test_encoders_that_bert_cannot_be_are_not_written(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_encoders_that_bert_cannot_be_are_not_written(tmp_path: Path) -> None:
         ({"num_types": 0}, "0 token types"),
     ):
         with pytest.raises(ValueError, match=f"transformers has no BERT with .*{message}"):
-            save_encoder(TextEncoder(VOCAB, 24, 1, 4, **options), tmp_path / "out")
+            save_bert(TextEncoder(VOCAB, 24, 1, 4, **options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Bridges compared: the same vision tower and language model, as many numbers to learn, the same steps and data."""
+"""Connectors compared: the same vision tower and language model, as many numbers to learn, the same steps and data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
@@ -68,10 +68,10 @@ def _heads(dim: int) -> tuple[int, int]:
 
 
 Build = Callable[..., Captioner]
-BRIDGES: dict[str, Build] = {"cross": cross, "flamingo": flamingo, "qformer": qformer, "prefix": prefix}
+CONNECTORS: dict[str, Build] = {"cross": cross, "flamingo": flamingo, "qformer": qformer, "prefix": prefix}
 
 
-def bridge_parameters(captioner: Captioner) -> int:
+def connector_parameters(captioner: Captioner) -> int:
     """How many numbers are learned outside the vision tower and what the language model brought along."""
     own = {id(p) for p in captioner.vision.parameters()}
     decoder: Any = getattr(captioner, "decoder", None)
@@ -83,30 +83,30 @@ def bridge_parameters(captioner: Captioner) -> int:
     return sum(p.numel() for p in captioner.parameters() if p.requires_grad and id(p) not in own)
 
 
-def sized(bridge: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
-    """A captioner whose bridge has as nearly so many parameters as its width allows.
+def sized(connector: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
+    """A captioner whose connector has as nearly so many parameters as its width allows.
 
     Args:
-        bridge: one of `BRIDGES`.
+        connector: one of `CONNECTORS`.
         vision: the vision tower.
         decoder: the language model.
-        parameters: how many numbers the bridge should learn.
+        parameters: how many numbers the connector should learn.
         frozen: which towers do not learn.
 
     Raises:
-        ValueError: for a bridge that there is not, or one that cannot be so small.
+        ValueError: for a connector that there is not, or one that cannot be so small.
     """
-    check_bridges([bridge])
-    build = BRIDGES[bridge]
+    check_connectors([connector])
+    build = CONNECTORS[connector]
     with torch.device("meta"):
         towers = [from_config(to_config(part)) for part in (vision, decoder)]  # pyright: ignore[reportArgumentType]
 
         def count(size: int) -> int:
-            return bridge_parameters(build(*towers, size, frozen))
+            return connector_parameters(build(*towers, size, frozen))
 
         low, high = 1, 2
         if (least := count(low)) > parameters:
-            raise ValueError(f'the bridge "{bridge}" has at least {least:,} parameters, more than {parameters:,}')
+            raise ValueError(f'the connector "{connector}" has at least {least:,} parameters, more than {parameters:,}')
         while count(high) < parameters:
             low, high = high, 2 * high
         while high - low > 1:
@@ -116,11 +116,11 @@ def sized(bridge: str, vision: ViT, decoder: Decoder, parameters: int, frozen: F
     return build(vision, decoder, nearest, frozen)
 
 
-def check_bridges(bridges: Sequence[str]) -> None:
-    """Refuses names that are no bridges.
+def check_connectors(connectors: Sequence[str]) -> None:
+    """Refuses names that are no connectors.
 
     Raises:
-        ValueError: naming them, and the bridges that there are.
+        ValueError: naming them, and the connectors that there are.
     """
-    if unknown := [name for name in bridges if name not in BRIDGES]:
-        raise ValueError(f"no bridge {', '.join(unknown)}; there are {', '.join(BRIDGES)}")
+    if unknown := [name for name in connectors if name not in CONNECTORS]:
+        raise ValueError(f"no connector {', '.join(unknown)}; there are {', '.join(CONNECTORS)}")

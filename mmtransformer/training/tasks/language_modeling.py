@@ -29,7 +29,7 @@ class LanguageModeling(Task[TextData]):
     """Trains a decoder on texts in packed rows: GPT (Radford et al. 2018), whatever the decoder's family.
 
     When the run ends, the model is set beside n-gram models of the same training texts, and model and tokenizer are
-    saved in one folder: the frozen language model of a bridge (`mmtransformer.weights.load_lm`).
+    saved in one folder: the frozen language model of a captioner (`mmtransformer.weights.load_lm`).
 
     Args:
         decoder: The model.

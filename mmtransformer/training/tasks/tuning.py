@@ -35,7 +35,7 @@ class Tuning:
     Args:
         parts: The parts that learn: "vision" encoder, language model ("decoder"), and "connector", which is all else:
             projectors, Q-Former, cross-attention. The connector learns whole wherever it is named; ["connector"] alone
-            trains the bridge between frozen towers.
+            trains the connector between frozen towers.
         method: What of the two towers learns, where they are named: all of them ("full"), their "last_blocks" with the
             norm behind them, or low-rank products beside frozen weights ("lora"; needs peft).
         num_blocks: Of "last_blocks", how many.

@@ -26,7 +26,7 @@ from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.text.lm import decoder_from_state, to_transformers
+from mmtransformer.weights.text.lm import decoder_from_state, lm_to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
 # What transformers takes for granted where a config.json does not say it.
@@ -200,7 +200,7 @@ def to_blip2(model: Blip2 | Blip2QFormer) -> tuple[dict[str, Any], dict[str, Ten
     if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
         text, language = model.decoder.config, dict(model.decoder.model.state_dict())
     elif isinstance(model.decoder, TextDecoder):
-        text, language = to_transformers(model.decoder)
+        text, language = lm_to_transformers(model.decoder)
     else:
         raise ValueError(f"transformers has no language model like {type(model.decoder).__name__}")
     config |= {"architectures": [f"{kind}ForConditionalGeneration"], "text_config": text}

@@ -229,8 +229,8 @@ def from_bert(model: nn.Module) -> TextEncoder:
     return encoder_from_bert(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def load_encoder(source: str | Path) -> TextEncoder:
-    """A pretrained text encoder, from what is there: for recipes (`class_path: mmtransformer.weights.load_encoder`).
+def load_bert(source: str | Path) -> TextEncoder:
+    """A pretrained text encoder, from what is there: for recipes (`class_path: mmtransformer.weights.load_bert`).
 
     Args:
         source: a folder (saved by this library, or `config.json` and `model.safetensors` with BERT's names), or the
@@ -250,7 +250,7 @@ def load_encoder(source: str | Path) -> TextEncoder:
         return encoder_from_bert(config, state, str(folder))
 
 
-def save_encoder(encoder: TextEncoder, folder: str | Path) -> None:
+def save_bert(encoder: TextEncoder, folder: str | Path) -> None:
     """Writes a BERT that transformers reads: `config.json` and `model.safetensors`.
 
     Raises:

@@ -26,7 +26,7 @@ READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(L
 READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
 
 
-def from_transformers(model: nn.Module) -> TextDecoder:
+def lm_from_transformers(model: nn.Module) -> TextDecoder:
     """A `TextDecoder` with the weights of a transformers language model; equal to 1e-4 in float32.
 
     Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and 2. `HubDecoder.from_model` takes any other.
@@ -42,7 +42,7 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
     """A `TextDecoder` from what a hub folder holds: its config.json, and all of its tensors.
 
     Raises:
-        ValueError: as `from_transformers`.
+        ValueError: as `lm_from_transformers`.
     """
     family = config.get("model_type")
     if family not in READERS:
@@ -54,7 +54,7 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
         return READERS[family](config, state, context)
 
 
-def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def lm_to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this decoder: its config.json, and its tensors by their names there.
 
     Args:
@@ -90,13 +90,13 @@ def save_lm(
     Args:
         decoder: the decoder.
         folder: where to; made if it is not there.
-        family: see `to_transformers`.
+        family: see `lm_to_transformers`.
         tokenizer: is saved beside the model, and its special ids noted in the config.
 
     Raises:
-        ValueError: as `to_transformers`, before anything is written.
+        ValueError: as `lm_to_transformers`, before anything is written.
     """
-    config, tensors = to_transformers(decoder, family)
+    config, tensors = lm_to_transformers(decoder, family)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
@@ -127,8 +127,8 @@ def load_lm(
         dtype: "bfloat16" keeps a model that stays frozen in half the memory, and takes an eighth off a training step in
             bf16-mixed (BLIP-2's stage 2 on a CPU); "nf4" in an eighth, by bitsandbytes on a GPU. What is new,
             the tokens, stays in float32.
-        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
-            must then not freeze the model itself (freeze_decoder: false).
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A
+            captioner must then not freeze the model itself (freeze_decoder: false).
         lora_targets: ends of the names of the layers that get them.
 
     Raises:
@@ -168,7 +168,7 @@ def _load(folder: Path) -> Decoder:
 def load_tokenizer(
     source: str | Path, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
 ) -> Tokenizer:
-    """A tokenizer with the special tokens that a bridge needs: for recipes (`mmtransformer.weights.load_tokenizer`).
+    """A tokenizer with the special tokens that a captioner needs: for recipes (`mmtransformer.weights.load_tokenizer`).
 
     Args:
         source: a folder, or the name of a hub's repository.

@@ -60,8 +60,8 @@ def load_vit(
         freeze: whether the tower is taken out of training.
         keep_head: whether a classifier is kept; captioners do not read it.
         dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
-        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
-            must then not freeze the tower itself (freeze_vision: false).
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A
+            captioner must then not freeze the tower itself (freeze_vision: false).
         lora_targets: ends of the names of the layers that get them.
 
     Raises:

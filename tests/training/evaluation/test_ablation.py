@@ -1,4 +1,4 @@
-"""mmt ablate: bridges of one size on the same towers, one table and one picture."""
+"""mmt ablate: connectors of one size on the same towers, one table and one picture."""
 
 import json
 import warnings
@@ -10,7 +10,7 @@ import torch
 from mmtransformer import CaptionBatch, TextDecoder, ViT
 from mmtransformer.captioners.base import is_frozen
 from mmtransformer.cli import main
-from mmtransformer.training.evaluation.ablation import BRIDGES, Frozen, bridge_parameters, sized
+from mmtransformer.training.evaluation.ablation import CONNECTORS, Frozen, connector_parameters, sized
 
 FROZEN = Frozen(freeze_vision=True, freeze_decoder=True)
 
@@ -46,17 +46,17 @@ data:
 """
 
 
-@pytest.mark.parametrize("bridge", BRIDGES)
-def test_bridges_get_the_size_that_is_asked_for(bridge: str) -> None:
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_connectors_get_the_size_that_is_asked_for(connector: str) -> None:
     vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
-    model = sized(bridge, vision, decoder, 400_000, FROZEN)
-    assert bridge_parameters(model) == pytest.approx(400_000, rel=0.02)
-    assert bridge_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = sized(connector, vision, decoder, 400_000, FROZEN)
+    assert connector_parameters(model) == pytest.approx(400_000, rel=0.02)
+    assert connector_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.vision is vision
     assert is_frozen(vision)
-    open_towers = sized(bridge, vision.requires_grad_(True), decoder, 400_000, Frozen(
+    open_towers = sized(connector, vision.requires_grad_(True), decoder, 400_000, Frozen(
         freeze_vision=False, freeze_decoder=True))  # fmt: skip
-    assert bridge_parameters(open_towers) == bridge_parameters(model)
+    assert connector_parameters(open_towers) == connector_parameters(model)
     tokens = torch.randint(97, (4, 5))
     batch = CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, 1, 3, 32, 32))
     assert model.logits(batch).shape == (4, 5, 97)
@@ -64,7 +64,7 @@ def test_bridges_get_the_size_that_is_asked_for(bridge: str) -> None:
 
 def test_what_cannot_be_built() -> None:
     vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
-    with pytest.raises(ValueError, match="no bridge corss; there are cross, flamingo, qformer, prefix"):
+    with pytest.raises(ValueError, match="no connector corss; there are cross, flamingo, qformer, prefix"):
         sized("corss", vision, decoder, 400_000, FROZEN)
     with pytest.raises(ValueError, match=r'"flamingo" has at least \d\d,\d{3} parameters, more than 1,000'):
         sized("flamingo", vision, decoder, 1000, FROZEN)
@@ -81,24 +81,24 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 0, err
     table = json.loads((out / "ablation.json").read_text("utf-8"))
     assert list(table) == ["cross", "flamingo", "qformer", "prefix"]
-    sizes = [row["bridge parameters"] for row in table.values()]
+    sizes = [row["connector parameters"] for row in table.values()]
     assert max(sizes) / min(sizes) < 1.04
     assert all(row["steps"] == 2 for row in table.values())
     assert table["prefix"].keys() >= {"facts % val en", "facts % val ko", "val loss right image", "seconds"}
     assert (out / "ablation.png").read_bytes()[1:4] == b"PNG"
     assert "facts % val ko" in said
     assert (out / "qformer/gallery.png").is_file()
-    assert main(["ablate", "--config", str(recipe), "--bridges", "flamigno"]) == 2
-    assert "no bridge flamigno" in capsys.readouterr().err
+    assert main(["ablate", "--config", str(recipe), "--connectors", "flamigno"]) == 2
+    assert "no connector flamigno" in capsys.readouterr().err
 
 
-def test_a_recipe_whose_language_model_has_a_bridge_within_it_is_refused(
+def test_a_recipe_whose_language_model_has_a_connector_within_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = RECIPE.replace("PrefixCaptioner", "VisionEncoderDecoder").replace("hidden_dim: 2000", "")
     recipe = recipe.replace("        pixel_shuffle: 2\n", "").replace("max_len: 110}", "max_len: 110, cross_dim: 32}")
     Path("recipe.yaml").write_text(recipe, "utf-8")
-    assert main(["ablate", "--config", "recipe.yaml", "--bridges", "prefix"]) == 2
+    assert main(["ablate", "--config", "recipe.yaml", "--connectors", "prefix"]) == 2
     assert "needs one that reads text alone, as that of flamingo_scenes" in capsys.readouterr().err
     assert not Path("runs/ablate_recipe/prefix/metrics.json").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer import TextDecoder
-from mmtransformer.weights import encoder_to_bert, from_bert, load_encoder
+from mmtransformer.weights import encoder_to_bert, from_bert, load_bert
 
 
 def bert(kind: str = "BertForPreTraining", **options: Any) -> Any:
@@ -110,18 +110,18 @@ def test_berts_that_do_not_fit_are_refused_by_name() -> None:
         from_bert(nn.Linear(2, 3))
 
 
-# --- load_encoder
+# --- load_bert
 
 
 @torch.no_grad()
 def test_load_encoder_from_folders(tmp_path: Path) -> None:
     theirs, (tokens, types, attention_mask) = bert(), rows()
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_encoder(str(tmp_path / "theirs"))
+    loaded = load_bert(str(tmp_path / "theirs"))
     want = theirs(tokens, attention_mask.long(), types).prediction_logits
     close(loaded.mlm_logits(loaded(tokens, types, attention_mask=attention_mask))[attention_mask], want[attention_mask])
     loaded.save_pretrained(tmp_path / "ours")
-    again = load_encoder(str(tmp_path / "ours"))
+    again = load_bert(str(tmp_path / "ours"))
     assert torch.equal(again(tokens, types), loaded(tokens, types))
     assert again.mlm_head
     assert again.nsp_head
@@ -141,21 +141,21 @@ def test_names_of_the_first_releases(tmp_path: Path) -> None:
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     config = {key: getattr(theirs.config, key) for key in (*keys, "max_position_embeddings", "type_vocab_size")}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}), "utf-8")
-    ours = load_encoder(str(tmp_path))
+    ours = load_bert(str(tmp_path))
     close(ours.mlm_logits(ours(tokens)), theirs(tokens).prediction_logits)
 
 
 def test_load_encoder_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no/such/folder: no such folder"):
-        load_encoder("no/such/folder")
+        load_bert("no/such/folder")
     TextDecoder(53, 24, 1, 4).save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match="holds a TextDecoder, not a TextEncoder"):
-        load_encoder(str(tmp_path / "decoder"))
+        load_bert(str(tmp_path / "decoder"))
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}', "utf-8")
     with pytest.raises(ValueError, match=r'config\.json: the family "roberta" is not known here'):
-        load_encoder(str(tmp_path))
+        load_bert(str(tmp_path))
     bert().save_pretrained(tmp_path)
     state = {k: v for k, v in bert().state_dict().items() if "layer.1.output.dense" not in k and "decoder" not in k}
     save_file({k: v.clone() for k, v in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing: bert\.encoder\.layer\.1\.output\.dense\.weight.*\(2 in all\)"):
-        load_encoder(str(tmp_path))
+        load_bert(str(tmp_path))
