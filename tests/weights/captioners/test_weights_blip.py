@@ -337,4 +337,4 @@ def test_old_files_buffers_are_left_aside(tmp_path: Path) -> None:
     state["text_decoder.bert.embeddings.position_ids"] = torch.arange(37)[None]
     save_file(state, tmp_path / "model.safetensors")
     pixels = pixels_of(SHAPES[0])
-    assert torch.equal(load_blip(tmp_path).encode(pixels), from_blip(theirs).encode(pixels))
+    assert torch.equal(load_blip(tmp_path).forward_features(pixels), from_blip(theirs).forward_features(pixels))
