@@ -250,9 +250,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         return self.head(self.hidden_states(batch))
 
     def forward_features(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
-        """The vision encoder's tokens, not pooled: (b i 3 height width) -> (b i p d).
-
-        If its last norm learns they are those before it.
+        """The vision encoder's tokens, not pooled, before a last norm that learns: (b i 3 h w) -> (b i p d).
 
         Args:
             pixels: of a batch.
