@@ -194,13 +194,16 @@ def stream_caption(
     content = checksums(batch, given) if c.do_sample else None
     tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, content=content)
     ids: list[int] = []
-    shown = 0
+    text, shown = "", 0
     for (token,) in tokens:
         ids += [token] if token is not None and token < tokenizer.vocab_size else []
         text = tokenizer.decode(ids).lstrip(" ")
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
+        sure = len(text) - tokenizer.decomposes  # The next letter may join the last syllable.
+        if sure > shown:
+            yield text[shown:sure]
+            shown = sure
+    if text[shown:]:
+        yield text[shown:]
 
 
 def heatmap_of(

@@ -133,9 +133,11 @@ class FewShot:
             others = able[able != self._places.get(name, -1)]
             if len(others) < self.num_examples:
                 codes = ", ".join(code for code in languages if code) or "any language"
+                known = sorted({caption.language or "any" for found in self._captions for caption in found})
                 raise ValueError(
                     f"{self.num_examples} examples were asked for, but only {len(others)} of {len(self.examples)} can "
-                    f"be used (another picture, with captions in {codes})"
+                    f"be used (another picture, with captions in {codes}): ask for fewer, or for a language that they "
+                    f"have, {' or '.join(known) or 'which is none'} (mmt caption --language)"
                 )
             chosen.append(self._choose(others, given[row], visual[row, 0]))
         rows = [self._row(some, language) for some in chosen for language in languages]

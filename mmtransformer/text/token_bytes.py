@@ -1,7 +1,9 @@
 """Which bytes each token of a tokenizer stands for, in the four ways that tokenizers write them."""
 
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import tokenizers
@@ -47,6 +49,11 @@ class TokenBytes(dict[int, bytes]):
         )
         self.strips_end = bool(self.suffix)  # the space of the last word's "</w>"
         self.table = _byte_table()
+        norm, apart = backend.normalizer, unicodedata.normalize("NFD", "가")
+        self.decomposes = norm is not None and apart in norm.normalize_str("가")
+        """Whether texts are read in parts of characters, as an uncased BERT reads Hangul: its words are letters."""
+        self.composed: Callable[[str], str] = partial(unicodedata.normalize, "NFC") if self.decomposes else str
+        """From a decoded text to one of whole characters, as people write it (NFC)."""
 
     def __missing__(self, index: int) -> bytes:
         self[index] = data = self._bytes_of(self.backend.id_to_token(index) or "", index)

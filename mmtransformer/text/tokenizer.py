@@ -96,8 +96,8 @@ class Tokenizer:
         description = check_growth(json.loads(backend.to_str()))
         self._token_bytes = TokenBytes(backend, description, {i: token.content for i, token in added.items()})
         model = description["model"]
-        unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
-        self._forbidden = self._specials - {unknown}  # ids that no text may get
+        self._forbidden = self._specials - {model.get("unk_id", vocab.get(model.get("unk_token")))}  # no text gets them
+        self.decomposes = self._token_bytes.decomposes
 
     def __repr__(self) -> str:
         known = f", languages {', '.join(self.languages)}" if self.languages else ""
@@ -308,7 +308,7 @@ class Tokenizer:
         """
         data = b"".join(data for _, data in self._bytes(ids))
         data = data.removesuffix(b" ") if self._token_bytes.strips_end else data
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        return self._token_bytes.composed(codecs.getincrementaldecoder("utf-8")("replace").decode(data))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns what each id adds to the text, one printable piece an id.
@@ -337,7 +337,7 @@ class Tokenizer:
             positions += [owner for owner in owners if owner not in positions[-1:]]
             words.append((text + char, positions))
             inside = True
-        return words
+        return [(self._token_bytes.composed(word), positions) for word, positions in words]
 
     def token_bytes(self) -> list[bytes]:
         """Returns the bytes that each id stands for, white space included; none for special tokens."""

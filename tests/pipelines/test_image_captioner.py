@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import mmtransformer
 from mmtransformer import (
@@ -72,6 +75,25 @@ def test_a_drawn_caption_is_streamed_as_it_is_written() -> None:
     drawn = GenerationConfig(do_sample=True, max_new_tokens=12, seed=3)
     for picture in images():
         assert "".join(model.stream_text(picture, generation=drawn)) == model(picture, generation=drawn)[0][0].text
+
+
+def test_syllables_that_a_tokenizer_takes_apart_are_streamed_whole() -> None:
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.decoder = normalizers.BertNormalizer(lowercase=True), decoders.WordPiece()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = unicodedata.normalize("NFD", "빨간 큰 별").replace(" ", "")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    backend.model = models.WordPiece({name: i for i, name in enumerate(dict.fromkeys(names))}, unk_token="[UNK]")
+    words = Tokenizer(backend, bos_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]")
+    torch.manual_seed(1)
+    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    model = ImageCaptioner(VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), decoder), words, ImageTransform(16), device="cpu")
+    drawn = GenerationConfig(do_sample=True, max_new_tokens=30, min_new_tokens=30, seed=5)
+    (caption,) = model(images()[0], generation=drawn)[0]
+    streamed = [*model.stream_text(images()[0], generation=drawn)]
+    assert "".join(streamed) == caption.text == unicodedata.normalize("NFC", caption.text)
+    assert len(streamed) > 5
+    assert any("가" <= letter <= "힣" for letter in caption.text), "no syllable was made of its letters"
 
 
 def test_a_heat_map_is_of_a_caption_not_of_its_text() -> None:

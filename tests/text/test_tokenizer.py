@@ -483,10 +483,10 @@ def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
     for text in (*SENTENCES, "빨간 원이 별빛", "작은 원과 파란 별."):
         ids = ours.encode(text)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
-        assert nfc(ours.decode(ids)) == text
+        assert ours.decode(ids) == text, "whole syllables (NFC) even of a tokenizer that takes them apart"
         assert nfc(theirs.decode(ids, clean_up_tokenization_spaces=False)).replace(" .", ".").replace(" ,", ",") == text
         words = ours.words(ids)
-        assert [nfc(word) for word, _ in words] == text.split()
+        assert [word for word, _ in words] == text.split()
         assert sorted({place for _, places in words for place in places}) == [
             place for place, piece in enumerate(ours.pieces(ids)) if piece.strip()
         ]

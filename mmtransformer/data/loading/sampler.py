@@ -127,6 +127,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         self.epoch = 0
         self.start = 0  # samples of this epoch that the next pass leaves out; only a resumed pass has any
         self.position = 0  # samples of this epoch that all processes together have consumed
+        self.passed = False  # whether a pass over this epoch has come to its end since `set_epoch`
         # an epoch that was begun with blocks of another size, and that size
         self.begun: tuple[int, int] | None = None
 
@@ -137,6 +138,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the epoch that one is in the middle of goes on where it was."""
+        self.passed = False
         if epoch != self.epoch:
             self.epoch, self.start, self.position = epoch, 0, 0
 
@@ -235,6 +237,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
                     f"samples differs; use the data and seed of the run, or start a new one"
                 )
         self.epoch, self.start, self.position = state["epoch"], state["position"], state["position"]
+        self.passed = False
         self.begun = (state["epoch"], state.get("block", self.block))
 
 
@@ -246,8 +249,9 @@ class ResumableLoader(DataLoader):
     """A DataLoader over a `IndexSampler` that knows how far the run has got.
 
     What counts is what was handed out, not what the workers have prepared, so `state_dict` is exact at any batch.
-    Iterating starts at the first `next`, not at `iter`, because Lightning calls `iter` before it sets the epoch. The
-    global random generator is left alone.
+    Iterating starts at the first `next`, not at `iter`, because Lightning calls `iter` before it sets the epoch. Where
+    nobody sets it, as in a plain loop, every pass over shuffled samples is the next epoch. The global random generator
+    is left alone.
 
     Args:
         dataset: A dataset that takes a `SampleIndex`.
@@ -287,6 +291,8 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler = self.place
+        if sampler.shuffle and sampler.passed:
+            sampler.set_epoch(sampler.epoch + 1)
         epoch, position = sampler.epoch, sampler.start
         ends = iter(sampler.ends(position).tolist())
         batches = super().__iter__()
@@ -295,6 +301,7 @@ class ResumableLoader(DataLoader):
             try:
                 batch = next(batches)
             except StopIteration:
+                sampler.passed = sampler.passed or sampler.epoch == epoch
                 return
             except RuntimeError as error:
                 if found := re.match(r"DataLoader (timed out|worker \(pid\S* (.*?)\) )", str(error)):

@@ -194,6 +194,23 @@ def test_batches_do_not_depend_on_workers_and_leave_the_global_generator_alone(w
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_plain_loop_has_a_new_order_every_epoch_and_a_validation_the_same():
+    found, told = loader(lengths=lengths), loader(lengths=lengths)
+    for epoch in range(3):
+        told.place.set_epoch(epoch)
+        assert torch.equal(torch.cat([*found])[:, :2], torch.cat([*told])[:, :2])
+        assert found.place.epoch == epoch
+    next(iter(found))  # one that is not gone through
+    assert found.place.epoch == 3
+    assert torch.equal(next(iter(found)), next(iter(found)))
+    still = loader(shuffle=False)
+    assert torch.equal(torch.cat([*still]), torch.cat([*still]))
+    again = loader()  # two runs of one epoch, each told where it begins
+    first = torch.cat([*again])
+    again.place.set_epoch(0)
+    assert torch.equal(torch.cat([*again]), first)
+
+
 @pytest.mark.parametrize(("stop", "before", "after"), [(0, 0, 0), (1, 0, 2), (6, 2, 0), (14, 2, 2), (15, 0, 0)])
 def test_resume_goes_on_with_the_next_batch(stop, before, after):
     whole = []
