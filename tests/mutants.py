@@ -129,10 +129,12 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("all_gather_rows(texts, grad=gather_grad)).amax(-1)", "all_gather_rows(texts, grad=gather_grad)).mean(-1)"),
         ("same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)", "same.to(log_probs.dtype)"),
         ("targets * (1 - smoothing) + smoothing * real", "targets + smoothing * real"),
-        ("max=4.605170185988092", "max=5.0"),
         (".masked_fill(~counted, -1)", ".masked_fill(~counted, 0)"),
         ("(losses * asked).sum(), asked.sum()", "losses.sum(), asked.sum()"),
         ("(losses * counted).sum(), counted.sum()", "losses.sum(), counted.sum()"),
+    ]),
+    "dual_encoders/clip.py": ("dual_encoders", [
+        ("scale.clamp(max=MAX_LOGIT_SCALE)", "scale.clamp(max=2 * MAX_LOGIT_SCALE)"),
     ]),
     "losses/hard_negatives.py": ("losses", [
         (" & (candidates >= 0)", ""),

@@ -59,8 +59,15 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     out = mmt(capsys, "classify", FILE, "b.png", *names)[1]
     assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%", f"b.png: {SHOWN} 50.0%"]
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
-    painter = SimpleNamespace(draw=lambda *_, **__: [[Image.new("RGB", (8, 8))]], with_config=lambda **_: None)
-    stand_in(ImageGenerator, painter)
+
+    class Painter:
+        def __call__(self, *_: Any, **__: Any) -> list[list[Image.Image]]:
+            return [[Image.new("RGB", (8, 8))]]
+
+        def with_config(self, **_: Any) -> None:
+            return None
+
+    stand_in(ImageGenerator, Painter())
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"
     stand_in(ImageCaptioner, SimpleNamespace(processor=None, model=None, tokenizer=None, transform=None))
     monkeypatch.setattr("mmtransformer.weights.public.export_captioner", lambda *_, **__: "blip")

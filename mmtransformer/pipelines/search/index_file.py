@@ -117,6 +117,8 @@ class IndexFile:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{path} is a folder, and an index is one file: name the file, or a folder of pictures")
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{path}: cut short, or no safetensors file (it is empty); {ANEW}")
         check_plain(path)
         while True:
             before = _identity(path)
