@@ -24,7 +24,8 @@ from mmtransformer.layers.config import (
     check_configs,
     check_sizes,
 )
-from mmtransformer.layers.kernels import capped, linear
+from mmtransformer.layers.kernels import capped
+from mmtransformer.layers.linear import Linear, linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
@@ -166,7 +167,7 @@ class TextDecoder(Pretrained, Decoder):
         if mlm_head:
             assert mlp.activation not in ("swiglu", "geglu_tanh")
             self.mlm_proj = MLMHead(dim, vocab_size, mlp.activation, norm.eps)
-        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        self.lm_head = Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
         self.init_weights()

@@ -15,6 +15,7 @@ from mmtransformer.backbones.patch_convs import PatchConvs
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.linear import Linear
 from mmtransformer.serialization.pretrained import Pretrained
 
 Modulation = Literal["shared", "block"]
@@ -52,7 +53,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int, last: int = NUM_FREQUENCIES) -> None:
         super().__init__()
         self.last = last
-        self.fc1, self.fc2 = nn.Linear(2 * NUM_FREQUENCIES, dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = Linear(2 * NUM_FREQUENCIES, dim), Linear(dim, dim)
 
     def forward(self, times: Tensor) -> Tensor:
         """(b) -> (b d)."""
@@ -70,7 +71,7 @@ class OwnModulation(nn.Module):
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.proj = nn.Linear(dim, count * dim)
+        self.proj = Linear(dim, count * dim)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """(b d) -> `count` tensors (b 1 d)."""
@@ -203,17 +204,17 @@ class DiffusionTransformer(Pretrained, nn.Module):
         self.patch_embed = (
             None
             if conv_width is not None
-            else nn.Linear(pixels, dim)
+            else Linear(pixels, dim)
             if bottleneck_dim is None
-            else nn.Sequential(nn.Linear(pixels, bottleneck_dim, bias=False), nn.Linear(bottleneck_dim, dim))
+            else nn.Sequential(Linear(pixels, bottleneck_dim, bias=False), Linear(bottleneck_dim, dim))
         )
         self.time_embed = TimeEmbedding(dim, NUM_FREQUENCIES if shared else NUM_FREQUENCIES - 1)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.shared_modulation = OwnModulation(dim, 6) if shared else None
         self.context_proj = None if context_dim is None else MLP(context_dim, dim, activation="gelu_tanh")
         if self.context_proj is not None:
-            self.context_proj.fc2 = nn.Linear(dim, dim)
-        self.pool_proj = nn.Linear(dim, dim) if pooled_context else None
+            self.context_proj.fc2 = Linear(dim, dim)
+        self.pool_proj = Linear(dim, dim) if pooled_context else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(
                 dim,
@@ -227,7 +228,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         )
         self.last_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.last_modulation = kind(dim, 2)
-        self.head = None if conv_width is not None else nn.Linear(dim, self.out_channels * patch_size**2)
+        self.head = None if conv_width is not None else Linear(dim, self.out_channels * patch_size**2)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -15,7 +15,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, activation_function, make_norm
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.kernels import linear
+from mmtransformer.layers.linear import Linear, linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
 from mmtransformer.serialization.pretrained import Pretrained
@@ -33,7 +33,7 @@ class MLMHead(nn.Module):
 
     def __init__(self, dim: int, vocab_size: int, activation: Activation, norm_eps: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(dim, dim)
+        self.dense = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.activation: Activation = activation
@@ -116,9 +116,9 @@ class TextEncoder(Pretrained, nn.Module):
             )
             for _ in range(depth)
         )
-        self.pool_proj = nn.Linear(dim, dim) if pooler else None
+        self.pool_proj = Linear(dim, dim) if pooler else None
         self.mlm_proj = MLMHead(dim, vocab_size, activation, norm_eps) if mlm_head else None
-        self.nsp_proj = nn.Linear(dim, 2) if nsp_head else None
+        self.nsp_proj = Linear(dim, 2) if nsp_head else None
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
-from mmtransformer.layers.kernels import linear
+from mmtransformer.layers.linear import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json, shapes_in

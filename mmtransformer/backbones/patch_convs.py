@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.layers.linear import Linear
+
 
 class PatchConvs(nn.Module):
     """Three convolutions down to a quarter of the side, then linear patches; and the same way back.
@@ -42,7 +44,7 @@ class PatchConvs(nn.Module):
                 nn.Conv2d(wide, widest, 3, stride=2, padding=1),
             )
         )
-        self.embed, self.unembed = nn.Linear(pixels, dim), nn.Linear(dim, pixels)
+        self.embed, self.unembed = Linear(pixels, dim), Linear(dim, pixels)
         self.up = nn.ModuleList(
             (
                 nn.Conv2d(widest, wide, 3, padding=1),
@@ -50,7 +52,7 @@ class PatchConvs(nn.Module):
                 nn.Conv2d(width, out_channels, 3, padding=1),
             )
         )
-        self.gates = nn.ModuleList(nn.Linear(dim, channels) for channels in (widest, wide, width))
+        self.gates = nn.ModuleList(Linear(dim, channels) for channels in (widest, wide, width))
 
     def init_weights(self) -> None:
         """Torch's own for convolutions; zero as the class says."""

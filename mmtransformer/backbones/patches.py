@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.layers.config import known_fields
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.positions import ViTPosEmbedConfig
 
 
@@ -84,7 +85,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_channels: int, dim: int, *, bias: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(in_channels * patch_size * patch_size, dim, bias=bias)
+        self.proj = Linear(in_channels * patch_size * patch_size, dim, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(b channels height width) -> (b (gh gw) d)."""
@@ -117,7 +118,7 @@ class ConvStem(nn.Module):
             nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in widths[1:])
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(b channels height width) -> (b (gh gw) d)."""

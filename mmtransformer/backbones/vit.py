@@ -19,9 +19,9 @@ from mmtransformer.backbones.vit_blocks import DistilledHead, ViTBlockConfig, Vi
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.config import check_configs, check_sizes
+from mmtransformer.layers.linear import Linear, trunc_normal_
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
-from mmtransformer.layers.random_weights import trunc_normal_
 from mmtransformer.serialization.pretrained import Pretrained
 
 # The paper's sizes (arXiv:2010.11929, table 1); tiny and small from DeiT (arXiv:2012.12877).
@@ -136,7 +136,7 @@ class ViT(Pretrained, nn.Module):
         if pool == "attention":
             heads, width = output.pool_heads or num_heads, output.pool_mlp_dim or mlp_dim
             self.attn_pool = AttentionPool(dim, heads, width, activation=pool_activation, eps=block.norm_eps)
-        head = DistilledHead if pool == "distilled" else nn.Linear
+        head = DistilledHead if pool == "distilled" else Linear
         self.head = head(dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 

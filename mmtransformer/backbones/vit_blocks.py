@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention, Mask, Rope
 from mmtransformer.layers.blocks import MLP, EncoderBlock, SwiGLU, make_branch, make_norm
 from mmtransformer.layers.config import Activation, Norm, known_fields
+from mmtransformer.layers.linear import Linear
 
 
 @known_fields
@@ -139,7 +140,7 @@ class DistilledHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.of_class, self.of_distilled = nn.Linear(dim, num_classes), nn.Linear(dim, num_classes)
+        self.of_class, self.of_distilled = Linear(dim, num_classes), Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """The two tokens (b 2 d) -> logits (b num_classes)."""

@@ -25,6 +25,7 @@ from mmtransformer.captioners.soft_source import (
     put_back,
 )
 from mmtransformer.connectors.qformer import QFormer
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import has_attention, record_attention
 
@@ -96,7 +97,7 @@ class Blip2(Captioner):
             self.unread = tuple(name for name in self.unread if name not in INSTRUCTION)
             qformer.freeze_last_text()
         width = decoder.dim if isinstance(decoder, SourceReader) else decoder.embedding_weights[0].shape[1]
-        self.proj = nn.Linear(qformer.dim, width)
+        self.proj = Linear(qformer.dim, width)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 

@@ -21,7 +21,7 @@ from mmtransformer.connectors.qformer import QFormer, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue
-from mmtransformer.layers.kernels import linear
+from mmtransformer.layers.linear import Linear, linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
@@ -76,12 +76,12 @@ class Blip2QFormer(Captioner):
         self.qformer, self.embed_dim, self.cls_token_id = qformer, embed_dim, cls_token_id
         self.init_temperature = init_temperature
         dim = qformer.dim
-        self.vision_proj = nn.Linear(dim, embed_dim)
-        self.text_proj = nn.Linear(dim, embed_dim)
-        self.itm_head = nn.Linear(dim, 2)
+        self.vision_proj = Linear(dim, embed_dim)
+        self.text_proj = Linear(dim, embed_dim)
+        self.itm_head = Linear(dim, 2)
         # Its logarithm is learned: a step of any size leaves it above 0.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
-        self.head_dense = nn.Linear(dim, dim)
+        self.head_dense = Linear(dim, dim)
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(qformer.vocab_size))
         for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):

@@ -19,6 +19,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
 from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, Output, check_rows
 from mmtransformer.layers.blocks import AttentionPool
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import MAX_LOGIT_SCALE, clip_loss, image_ids, refuse_empty
@@ -96,8 +97,8 @@ class CoCa(Captioner):
         self.caption_pool = AttentionPool(vision.dim, num_heads, 4 * vision.dim, num_queries=num_queries)
         if contrastive_weight:
             self.contrast_pool = AttentionPool(vision.dim, num_heads, 4 * vision.dim)
-            self.image_proj = nn.Linear(vision.dim, embed_dim, bias=False)
-            self.text_proj = nn.Linear(text.dim, embed_dim, bias=False)
+            self.image_proj = Linear(vision.dim, embed_dim, bias=False)
+            self.text_proj = Linear(text.dim, embed_dim, bias=False)
             self.end = nn.Parameter(0.02 * torch.randn(text.dim))
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

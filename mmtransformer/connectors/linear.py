@@ -1,8 +1,9 @@
 """LinearConnector: visual tokens -> the width that cross-attention reads."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.connectors.base import Connector
+from mmtransformer.layers.linear import Linear
 
 
 class LinearConnector(Connector):
@@ -18,7 +19,7 @@ class LinearConnector(Connector):
     def __init__(self, visual_dim: int, dim: int) -> None:
         super().__init__()
         self.visual_dim, self.dim = visual_dim, dim
-        self.proj = nn.Linear(visual_dim, dim)
+        self.proj = Linear(visual_dim, dim)
 
     def forward(self, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(... p visual_dim) -> (... p dim), each token by itself."""

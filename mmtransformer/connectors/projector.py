@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from mmtransformer.layers.linear import Linear
 from mmtransformer.serialization.pretrained import Pretrained
 
 
@@ -47,8 +48,8 @@ class MLPProjector(Pretrained, nn.Module):
         self.pre_norm, self.bias = pre_norm, bias
         self.hidden_dim = hidden_dim = dim if hidden_dim is None else hidden_dim
         self.norm = nn.LayerNorm(visual_dim * pixel_shuffle**2) if pre_norm else nn.Identity()
-        self.fc1 = nn.Linear(visual_dim * pixel_shuffle**2, hidden_dim, bias=bias)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.fc1 = Linear(visual_dim * pixel_shuffle**2, hidden_dim, bias=bias)
+        self.fc2 = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""
@@ -73,7 +74,7 @@ class LinearProjector(Pretrained, nn.Module):
         super().__init__()
         _check(pixel_shuffle)
         self.visual_dim, self.dim, self.pixel_shuffle, self.bias = visual_dim, dim, pixel_shuffle, bias
-        self.fc = nn.Linear(visual_dim * pixel_shuffle**2, dim, bias=bias)
+        self.fc = Linear(visual_dim * pixel_shuffle**2, dim, bias=bias)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""

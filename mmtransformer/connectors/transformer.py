@@ -7,6 +7,7 @@ from mmtransformer.backbones.patches import drop_tokens
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
+from mmtransformer.layers.linear import Linear
 
 
 class TransformerConnector(Connector):
@@ -42,7 +43,7 @@ class TransformerConnector(Connector):
         self.visual_dim, self.dim, self.depth, self.num_heads = visual_dim, dim, depth, num_heads
         self.dropout, self.token_dropout = dropout, token_dropout
         self.norm = nn.LayerNorm(visual_dim)
-        self.proj = nn.Linear(visual_dim, dim)
+        self.proj = Linear(visual_dim, dim)
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, Attention(dim, num_heads), MLP(dim, 4 * dim), lambda: nn.LayerNorm(dim), dropout=dropout)
             for _ in range(depth)

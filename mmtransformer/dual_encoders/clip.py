@@ -18,6 +18,7 @@ from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_froze
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
+from mmtransformer.layers.linear import Linear
 from mmtransformer.losses.contrastive import (
     MAX_LOGIT_SCALE,
     Similarity,
@@ -82,8 +83,8 @@ class CLIP(Pretrained, nn.Module):
         self.loss: Literal["softmax", "sigmoid"] = loss
         self.pool_heads, self.hardness, self.freeze_vision = pool_heads, hardness, freeze_vision
         width = vision.dim if embed_dim is None else embed_dim
-        self.image_proj = nn.Identity() if embed_dim is None else nn.Linear(vision.dim, width, bias=False)
-        self.text_proj = nn.Linear(text.dim, width, bias=text_bias)
+        self.image_proj = nn.Identity() if embed_dim is None else Linear(vision.dim, width, bias=False)
+        self.text_proj = Linear(text.dim, width, bias=text_bias)
         for layer in (self.image_proj, self.text_proj):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.layers.linear import Linear
 from mmtransformer.serialization.pretrained import Pretrained
 
 
@@ -33,7 +34,7 @@ class TextEncoderTower(Pretrained, nn.Module):
         self.norm = self.proj = None
         if proj_dim is not None:
             self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm_eps)
-            self.proj = nn.Linear(encoder.dim, proj_dim)
+            self.proj = Linear(encoder.dim, proj_dim)
             nn.init.normal_(self.proj.weight, std=encoder.dim**-0.5)
             nn.init.zeros_(self.proj.bias)
         for part in (encoder.mlm_proj, encoder.nsp_proj, None if proj_dim is None else encoder.pool_proj):

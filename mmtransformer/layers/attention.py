@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmtransformer.layers import kernels
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.config import check_sizes
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.masks import Mask, Segments
 from mmtransformer.layers.positions import Rope
 
@@ -126,10 +127,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dropout, self.softcap = dropout, softcap
         self.query_scale = 1.0 if scale_dim is None else (head_dim / scale_dim) ** 0.5
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
+        self.q_proj = Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(context_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(context_dim, num_kv_heads * head_dim, bias=bias)
+        self.out_proj = Linear(num_heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
         if qk_norm not in (None, "rms", "layer"):
             raise ValueError(f'qk_norm must be "rms", "layer" or None, not "{qk_norm}"')
         norm = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope
 
@@ -113,8 +114,8 @@ class MLP(nn.Module):
         self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.fc1 = Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = Linear(hidden_dim, dim, bias=bias)
         self.activation: Activation = activation
         self.act = activation_function(activation)
         self.drop = make_dropout(dropout)
@@ -137,9 +138,9 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()
         self.act = activation_function(activation)
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.gate_proj = Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmtransformer.layers.masks import Mask, Segments, broadcast
@@ -233,19 +233,26 @@ def bfloat16_gain() -> float:
     machine hides its AMX it multiplies at half the rate of float32.
     """
     before = torch.get_float32_matmul_precision()
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        sides = {dtype: torch.ones(512, 512, dtype=dtype, device="cpu") for dtype in seconds}
+        exact = torch.ones(512, 512, device="cpu", dtype=torch.float32)
+        half = exact.bfloat16()
         torch.set_float32_matmul_precision("highest")  # "medium" would multiply in bfloat16.
         try:
-            for _ in range(5):
-                for dtype, side in sides.items():
-                    begin = time.perf_counter()
-                    torch.mm(side, side)
-                    seconds[dtype] = min(seconds[dtype], time.perf_counter() - begin)
+            slow, fast = seconds_of(lambda: torch.mm(exact, exact), lambda: torch.mm(half, half))
         finally:
             torch.set_float32_matmul_precision(before)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    return slow / fast
+
+
+def seconds_of(*calls: Callable[[], object]) -> list[float]:
+    """The fastest of five goes of each of these, taken in turns."""
+    seconds = [math.inf] * len(calls)
+    for _ in range(5):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            seconds[i] = min(seconds[i], time.perf_counter() - begin)
+    return seconds
 
 
 @cache
@@ -263,83 +270,3 @@ def emulated(x: Tensor) -> bool:
     if not x.is_cpu or x.dtype not in HALVES:
         return False
     return x.dtype == torch.float16 or not fast_in_bfloat16()
-
-
-class UpcastLinear(nn.Linear):
-    """A linear layer whose product is in float32 where its 16-bit numbers are `emulated`: the same but for rounding.
-
-    The weight is cast anew for each product, and for its gradient, so that it takes 16 bits all the time: 0.8 of 6 ms
-    for 32 rows of 768 by 3072 on Zen 3, where the product in bfloat16 takes 17.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(... in_features) -> (... out_features)."""
-        return linear(input, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, as `UpcastLinear` computes it."""
-    if weight.dtype not in HALVES or not emulated(weight):  # No call more in float32: decoding makes many products.
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        x = autocast_input(x)
-    with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled():
-            return _UpcastProduct.apply(x, weight, bias)
-        if x.numel() == x.shape[-1]:  # torch has kernels for a single row, which read half the bytes.
-            return F.linear(x, weight, bias)
-        return F.linear(x.float(), weight.float(), bias if bias is None else bias.float()).to(x.dtype)
-
-
-class _UpcastProduct(torch.autograd.Function):
-    """Keeps for the gradient the 16-bit weight, not its copy in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
-        return F.linear(x.float(), weight.float(), bias if bias is None else bias.float()).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, weight), (kind, bias) = ctx.saved_tensors, ctx.dtypes
-        grad, needed = grad.float(), ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            (grad @ weight.float()).to(kind) if needed[0] else None,
-            None if x is None else (rows.T @ x.float().flatten(0, -2)).to(weight.dtype),
-            rows.sum(0).to(bias) if needed[2] else None,
-        )
-
-
-class _UpcastConv:
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        convolve: Callable[..., Tensor] = super()._conv_forward  # pyright: ignore[reportAttributeAccessIssue]
-        if not emulated(weight):
-            return convolve(input, weight, bias)
-        with torch.autocast("cpu", enabled=False):
-            out = convolve(input.float(), weight.float(), bias if bias is None else bias.float())
-        return out.to(weight.dtype)
-
-
-class UpcastConv2d(_UpcastConv, nn.Conv2d):
-    """As `UpcastLinear`, of a convolution."""
-
-
-class UpcastConv3d(_UpcastConv, nn.Conv3d):
-    """As `UpcastLinear`, of a convolution."""
-
-
-_UPCAST: dict[type, type] = {nn.Linear: UpcastLinear, nn.Conv2d: UpcastConv2d, nn.Conv3d: UpcastConv3d}
-
-
-def upcast_products(model: nn.Module) -> None:
-    """Makes those layers of a model that are kept in 16 bits multiply in float32 where 16 bits are `emulated`.
-
-    They become `UpcastLinear` and the like in place, layers of torch's own classes alone; elsewhere, as on a GPU, they
-    compute what they did.
-    """
-    for layer in model.modules():
-        if type(layer) in _UPCAST and cast(Any, layer).weight.dtype.itemsize == 2:
-            layer.__class__ = _UPCAST[type(layer)]

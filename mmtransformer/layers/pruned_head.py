@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.layers.kernels import UpcastLinear, linear
+from mmtransformer.layers.linear import Linear, linear
 
 NEVER = -1e4
 """The logit of what is left out: no probability in any number format, and sums of it stay finite (guidance)."""
@@ -56,7 +56,7 @@ class PrunedHead(nn.Linear):
         w = self.weight
         state = (w.data_ptr(), w.dtype, w.device, self.layer, None if w.is_inference() else w._version)
         if self._rows is None or self._rows[0] != state:
-            rows = UpcastLinear(self.in_features, len(self.kept), bias=self.bias is not None, device="meta")
+            rows = Linear(self.in_features, len(self.kept), bias=self.bias is not None, device="meta")
             rows.weight = nn.Parameter(w.detach()[self.kept], requires_grad=False)
             if self.bias is not None:
                 rows.bias = nn.Parameter(self.bias.detach()[self.kept], requires_grad=False)

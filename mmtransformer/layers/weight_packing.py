@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.kernels import HALVES, UpcastLinear, emulated, upcast_products
+from mmtransformer.layers.kernels import HALVES, emulated
+from mmtransformer.layers.linear import Linear, upcast_products
 from mmtransformer.layers.pruned_head import PrunedHead
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -33,7 +34,7 @@ _ANY = range(1, sys.maxsize)
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
-class PackedLinear(UpcastLinear):
+class PackedLinear(Linear):
     """A linear layer over another's weight and bias, which keeps a second, packed copy of the weight.
 
     The packed copy is made when it is first needed, and again after the weight has changed. It serves where no
@@ -232,7 +233,7 @@ class PackedMLP(MLP):
         return self.fc2(self.drop(PackedLinear.product(x, packed, fc1.bias, _FUSED[self.activation])))
 
 
-_KINDS = (nn.Linear, UpcastLinear, PackedLinear, Int8Linear)
+_KINDS = (nn.Linear, Linear, PackedLinear, Int8Linear)
 
 
 def pack_weights(model: Module, *, int8: bool = False) -> Module:
@@ -254,7 +255,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
     """
     if not torch.backends.mkldnn.is_available():
         raise ValueError("pack_weights needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none")
-    if type(model) in (nn.Linear, UpcastLinear):
+    if type(model) in (nn.Linear, Linear):
         raise ValueError("pack_weights works on the layers inside a model: for one layer, use PackedLinear(layer)")
     kind = Int8Linear if int8 else PackedLinear
     packed: dict[nn.Module, nn.Module] = {}  # What stands in several places stays one.

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtransformer.backbones.towers.padded import pad_images
 from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
-from mmtransformer.layers.kernels import upcast_products
+from mmtransformer.layers.linear import upcast_products
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmtransformer.layers.random_weights import trunc_normal_
+from mmtransformer.layers.linear import trunc_normal_
 
 T = TypeVar("T")
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace,

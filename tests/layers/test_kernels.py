@@ -1,12 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from mmtransformer.layers import kernels
-from mmtransformer.layers.attention import attend
-from mmtransformer.layers.kernels import UpcastLinear, bfloat16_gain, bfloat16_hardware, linear, upcast_products
-from tests.support.products import Products, slow_in_bfloat16
+from mmtransformer.layers.kernels import bfloat16_gain, bfloat16_hardware
 
 
 @pytest.mark.parametrize(
@@ -51,67 +47,3 @@ def test_measuring_leaves_the_process_as_it_was(precision: str) -> None:
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-# --------------------------------------------------------------------------------------- 16 bits without kernels
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_product_of_16_bits_and_its_gradients_are_the_exact_ones_rounded(
-    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow_in_bfloat16(monkeypatch)
-    layer, x = nn.Linear(37, 23, bias=bias).to(dtype), torch.randn(3, 5, 37).to(dtype).requires_grad_()
-    upcast_products(layer)
-    assert type(layer) is UpcastLinear
-    exact, y = nn.Linear(37, 23, bias=bias).double(), x.detach().double().requires_grad_()
-    exact.load_state_dict(layer.state_dict())
-    kept: list[torch.dtype] = []
-    with Products() as made, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
-        found = layer(x)
-        direction = torch.randn_like(found)
-        found.backward(direction)
-    assert made.dtypes == {torch.float32}
-    assert set(kept) == {dtype}  # A copy in float32 of each weight would take twice what 16 bits save.
-    want = exact(y)
-    want.backward(direction.double())
-    near = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
-    torch.testing.assert_close(found.double(), want, **near)
-    torch.testing.assert_close(x.grad.double(), y.grad, **near)
-    for (name, mine), theirs in zip(layer.named_parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, msg=name, rtol=0.02, atol=0.02)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), found, **near)
-        torch.testing.assert_close(layer(x[0, 0]), found[0, 0], **near)
-        with torch.autocast("cpu", torch.bfloat16), Products() as made:
-            assert layer(x.float()).dtype == torch.bfloat16
-        assert made.dtypes == {torch.float32}
-
-
-def test_convolutions_and_attention_of_16_bits_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_in_bfloat16(monkeypatch)
-    model, x = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Conv2d(5, 7, 3)), torch.randn(2, 3, 11, 13)
-    want = model(x)
-    upcast_products(model)
-    assert type(model[0]) is nn.Conv2d  # in float32 there is nothing to do
-    model.bfloat16()
-    upcast_products(model)
-    q = torch.randn(2, 4, 17, 8, requires_grad=True)
-    with Products() as made:
-        found = model(x.bfloat16())
-        mixed = attend(*[q.bfloat16()] * 3)
-        mixed.sum().backward()
-    assert made.dtypes == {torch.float32}
-    assert (found.dtype, mixed.dtype) == (torch.bfloat16, torch.bfloat16)
-    torch.testing.assert_close(found.float(), want, atol=0.03, rtol=0.03)
-    torch.testing.assert_close(mixed.float(), F.scaled_dot_product_attention(q, q, q), atol=0.03, rtol=0.03)
-
-
-def test_where_16_bits_are_fast_they_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: True)
-    weight, x = torch.randn(23, 37, dtype=torch.bfloat16), torch.randn(5, 37, dtype=torch.bfloat16)
-    with Products() as made:
-        found = linear(x, weight)
-    assert made.dtypes == {torch.bfloat16}
-    assert torch.equal(found, F.linear(x, weight))

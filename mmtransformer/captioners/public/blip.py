@@ -16,6 +16,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner
 from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import refuse_empty
@@ -113,9 +114,9 @@ class BlipITM(Pretrained, nn.Module):
                 f"the text encoder's cross_dim ({text.cross_dim}) must be the vision encoder's dim ({vision.dim})"
             )
         self.vision, self.text, self.embed_dim = vision, text, embed_dim
-        self.itm_head = nn.Linear(text.dim, 2)
-        self.vision_proj = nn.Linear(vision.dim, embed_dim)
-        self.text_proj = nn.Linear(text.dim, embed_dim)
+        self.itm_head = Linear(text.dim, 2)
+        self.vision_proj = Linear(vision.dim, embed_dim)
+        self.text_proj = Linear(text.dim, embed_dim)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """The visual tokens of images, not pooled: (b 3 height width) -> (b p d)."""

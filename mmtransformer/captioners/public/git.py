@@ -13,6 +13,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.soft_prompt import in_image_order, read_behind_images
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
@@ -54,7 +55,7 @@ class Git(Captioner):
             raise ValueError(f"num_frames ({num_frames}) must be at least 2: one image alone has no order")
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.num_frames, self.freeze_decoder = num_frames, freeze_decoder
-        self.proj = nn.Linear(vision.dim, decoder.dim)
+        self.proj = Linear(vision.dim, decoder.dim)
         self.proj_norm = nn.LayerNorm(decoder.dim, eps=vision.block.norm_eps)
         self.head_bias = nn.Parameter(torch.zeros(decoder.vocab_size))
         frames = (nn.Parameter(torch.zeros(1, 1, vision.dim)) for _ in range(num_frames or 0))

@@ -20,6 +20,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -110,15 +111,15 @@ class OpenCoCa(Captioner):
         self.queries = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
         self.norm_queries, self.norm_visual = norm(), nn.LayerNorm(vision.dim, eps=eps)
         self.pool, self.norm_pooled = Attention(dim, pool_heads, context_dim=vision.dim), norm()
-        self.image_proj = nn.Linear(dim, dim, bias=False)
+        self.image_proj = Linear(dim, dim, bias=False)
         self.tok_embed = nn.Embedding(vocab_size, dim)
         self.pos_embed = nn.Parameter(0.01 * torch.randn(max_len + 1, dim))
         self.end = nn.Parameter(0.01 * torch.randn(dim))
         self.text_blocks = nn.ModuleList(block() for _ in range(depth))
-        self.text_norm, self.text_proj = norm(), nn.Linear(dim, dim, bias=False)
+        self.text_norm, self.text_proj = norm(), Linear(dim, dim, bias=False)
         self.blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.cross_blocks = nn.ModuleList(CrossBlock(dim, num_heads, activation, eps) for _ in range(decoder_depth))
-        self.last_norm, self.lm_head = norm(), nn.Linear(dim, vocab_size, bias=False)
+        self.last_norm, self.lm_head = norm(), Linear(dim, vocab_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).log().neg())
         for parameter in self.contrast_parameters():
             parameter.requires_grad_(False)

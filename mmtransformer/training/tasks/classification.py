@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
+from mmtransformer.layers.linear import Linear
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
@@ -62,7 +63,7 @@ class Classification(Task[ClassData]):
             return
         classes = len(data.classes)
         if not self.vit.num_classes:
-            head = nn.Linear(self.vit.dim, classes)
+            head = Linear(self.vit.dim, classes)
             chance = torch.Generator().manual_seed(data.seed)  # the same head in one process and in many
             nn.init.trunc_normal_(head.weight, std=0.02, generator=chance)
             nn.init.zeros_(head.bias)

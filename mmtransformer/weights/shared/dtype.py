@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from mmtransformer.layers.kernels import upcast_products
+from mmtransformer.layers.linear import Linear, upcast_products
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,7 +49,7 @@ def _in_four_bits(model: nn.Module) -> None:
     tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
     for part in [*model.modules()]:
         for name, layer in part.named_children():
-            if type(layer) is nn.Linear and name not in _HEADS and id(layer.weight) not in tables:
+            if type(layer) in (nn.Linear, Linear) and name not in _HEADS and id(layer.weight) not in tables:
                 biased = layer.bias is not None
                 four = kind(
                     layer.in_features, layer.out_features, bias=biased, compute_dtype=torch.bfloat16, quant_type="nf4"

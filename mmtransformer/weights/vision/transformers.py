@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.layers.linear import Linear
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, vision_from_clip
 from mmtransformer.weights.vision.dino import DINO_TYPES, vision_from_dino
 from mmtransformer.weights.vision.siglip2 import SIGLIP2_TYPES, vision_from_siglip2
@@ -45,6 +46,6 @@ def vision_from_transformers(
         raise ValueError(
             f"{context} classifies by {', '.join(sorted(heads))}, and ViT by its class token: load it without keep_head"
         )
-    vit.head, vit.num_classes = nn.Linear(vit.dim, len(weight)), len(weight)
+    vit.head, vit.num_classes = Linear(vit.dim, len(weight)), len(weight)
     vit.head.load_state_dict({name.removeprefix("classifier."): tensor for name, tensor in heads.items()})
     return vit.eval()
