@@ -30,6 +30,7 @@ from mmtransformer.generation.beam_search import Beams
 from mmtransformer.generation.captions import with_prompts, write_captions
 from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.guidance import blank_images
+from mmtransformer.layers.linear import Linear
 
 EOS, VOCAB = 2, 23
 
@@ -373,7 +374,7 @@ def test_a_captioner_is_made_ready_with_its_first_image() -> None:
         captioner, image = words_and_model()
         captioner.precision = precision
         head = captioner.model.get_submodule("decoder.lm_head")
-        assert type(head) is torch.nn.Linear
+        assert type(head) is Linear
         want = write_captions(captioner.model, captioner.tokenizer, captioner.batch([image]), ["ko"])
         (said[precision],) = captioner(image, language="ko")[0]
         assert captioner.ready().get_submodule("decoder.lm_head").weight is head.weight

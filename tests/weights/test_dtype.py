@@ -286,7 +286,7 @@ def test_four_bits_by_a_stand_in(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
     decoder = TextDecoder(53, 24, 2, 3, tied=tied).eval()
     tokens = torch.randint(53, (2, 7))
     exact = decoder.head(decoder(tokens))
-    linear = {name for name, layer in decoder.named_modules() if type(layer) is torch.nn.Linear}
+    linear = {name for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
     weights = {name: decoder.get_parameter(f"{name}.weight").clone() for name in linear}
     cast_frozen(decoder, "nf4")
     four = {name for name, layer in decoder.named_modules() if isinstance(layer, Linear4bit)}
