@@ -56,6 +56,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and x.dtype == torch.float32
+        and weight.is_contiguous()
         and (bias is None or bias.dtype == torch.float32)
         and x.shape[-1] == weight.shape[1]  # else torch says what is wrong
         and not torch.is_autocast_enabled("cpu")
@@ -79,6 +80,7 @@ def onednn_gain() -> float:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of a weight that is dense, or so when transposed: any other takes a thousand times as long."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
@@ -98,7 +100,7 @@ class _OneDNNProduct(torch.autograd.Function):
         product = F.linear if torch.is_grad_enabled() else _onednn  # torch's, of a gradient that has one itself
         return (
             None if weight is None else product(grad, weight.T),
-            None if x is None else product(rows.T, x.flatten(0, -2).T),
+            None if x is None else product(rows.T, x.flatten(0, -2).contiguous().T),
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
