@@ -136,8 +136,7 @@ class ViT(Pretrained, nn.Module):
         if pool == "attention":
             heads, width = output.pool_heads or num_heads, output.pool_mlp_dim or mlp_dim
             self.attn_pool = AttentionPool(dim, heads, width, activation=pool_activation, eps=block.norm_eps)
-        head = DistilledHead if pool == "distilled" else Linear
-        self.head = head(dim, num_classes) if num_classes else nn.Identity()
+        self.head = self._new_head(num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -161,6 +160,32 @@ class ViT(Pretrained, nn.Module):
     def num_features(self) -> int:
         """Width of a visual token, by timm's name."""
         return self.dim
+
+    embed_dim = num_features
+
+    def get_classifier(self) -> nn.Module:
+        """The head, by timm's name."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head for so many classes, 0 = none; its weights are drawn as those of a new model are.
+
+        Raises:
+            ValueError: if there are fewer than 0 classes.
+        """
+        check_sizes(0, num_classes=num_classes)
+        head = self._new_head(num_classes)
+        for linear in head.modules():
+            if isinstance(linear, nn.Linear):
+                trunc_normal_(linear.weight, 0.02)
+                nn.init.zeros_(linear.bias)
+        weight = next(self.patch_embed.parameters())
+        self.head, self.num_classes = head.to(weight.device, weight.dtype).train(self.training), num_classes
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        return (DistilledHead if self.pool == "distilled" else Linear)(self.dim, num_classes)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width px.
@@ -226,21 +251,91 @@ class ViT(Pretrained, nn.Module):
         own = next((parameter.dtype for parameter in self.norm.parameters()), self.dtype)
         return self.norm(x if own == self.dtype else x.to(own))
 
-    def forward_intermediates(self, pixels: Tensor, indices: list[int], *, norm: bool = False) -> list[Tensor]:
+    def tokens_after(self, pixels: Tensor, blocks: Sequence[int], *, norm: bool = False) -> list[Tensor]:
         """Visual tokens after the named blocks (negative = from the end), each (b p d); normed where asked for.
 
         Raises:
             ValueError: if there is no such block.
         """
-        wanted = [i + self.depth if i < 0 else i for i in indices]
-        if any(not 0 <= i < self.depth for i in wanted):
-            raise ValueError(f"blocks {indices} were asked for, but there are {self.depth}: 0 to {self.depth - 1}")
-        (x, ropes), found = self.embed(pixels), {}
+        (x, ropes), wanted, found = self.embed(pixels), self._numbered(blocks), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = self.through(block, x, ropes[i])
             if i in wanted:
                 found[i] = self.normed(x) if norm else x
         return [found[i] for i in wanted]
+
+    def _numbered(self, blocks: Sequence[int]) -> list[int]:
+        wanted = [i + self.depth if i < 0 else i for i in blocks]
+        if not wanted or any(not 0 <= i < self.depth for i in wanted):
+            last = self.depth - 1
+            raise ValueError(f"blocks {list(blocks)} were asked for, but there are {self.depth}: 0 to {last}")
+        return wanted
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What blocks give, as timm's method of this name: the last tokens (b p d), and the patches after each block.
+
+        Args:
+            x: pixels (b channels height width).
+            indices: the last so many blocks, or the blocks by number (negative = from the end); None = all. What they
+                give comes in the order of the blocks.
+            return_prefix_tokens: whether each is a pair, patches and prefix tokens (b prefix d), where there are any.
+            norm: whether the last norm is put on each.
+            stop_early: leaves out the blocks behind the last named one, where `intermediates_only`.
+            output_fmt: patches as a grid (b d rows columns), or as tokens (b rows*columns d).
+            intermediates_only: leaves out the last tokens.
+
+        Raises:
+            ValueError: if there is no such block, or no grid as patches were dropped.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NLC", not "{output_fmt}"')
+        if output_fmt == "NCHW" and self.training and self.patches.dropout:
+            raise ValueError("patches are dropped in training, which leaves no grid: output_fmt NLC, or eval()")
+        if isinstance(indices, int) and not 0 < indices <= self.depth:
+            raise ValueError(f"the last {indices} blocks were asked for, but there are {self.depth}")
+        count = self.depth if indices is None else indices
+        wanted = sorted(set(self._numbered(range(-count, 0) if isinstance(count, int) else count)))
+        ends = intermediates_only and stop_early
+        tokens = self.tokens_after(x, wanted if ends else [*wanted, self.depth - 1])
+        final, found = tokens[-1], [self.normed(y) if norm else y for y in tokens[: len(wanted)]]
+        prefix = [y[:, : self.num_prefix_tokens] for y in found]
+        found = [y[:, self.num_prefix_tokens :] for y in found]
+        if output_fmt == "NCHW":
+            found = [y.mT.unflatten(2, self.grid_size(*x.shape[2:])).contiguous() for y in found]
+        given = list(zip(found, prefix, strict=True)) if return_prefix_tokens and self.num_prefix_tokens else found
+        return given if intermediates_only else (self.normed(final), given)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """The patches after the last n blocks, or the named ones, as timm's method of this name (DINO's).
+
+        Args:
+            x: pixels (b channels height width).
+            n: the last so many blocks, or the blocks by number.
+            reshape: whether patches are a grid (b d rows columns) in place of tokens (b rows*columns d).
+            return_prefix_tokens: see `forward_intermediates`.
+            norm: whether the last norm is put on each.
+
+        Raises:
+            ValueError: as `forward_intermediates`.
+        """
+        fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools visual tokens and classifies: (b p d) -> (b num_classes), or (b d) with `pre_logits` or no classes."""

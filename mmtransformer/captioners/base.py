@@ -266,7 +266,7 @@ class Captioner(Pretrained, nn.Module, ABC):
     def _features(self, pixels: Tensor) -> Tensor:
         """What `forward_features` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
         if self.train_norm:
-            return self.vision.forward_intermediates(pixels, [-1])[0]
+            return self.vision.tokens_after(pixels, [-1])[0]
         return self.vision.forward_features(pixels)
 
     def visual_tokens(self, batch: CaptionBatch) -> Tensor:

@@ -33,7 +33,7 @@ class Llava(Captioner):
         connector: brings its tokens to the width of the decoder's embeddings.
         decoder: a causal language model, ours or any of transformers'.
         image_token_id: the id that placeholders have.
-        layers: the blocks whose tokens are read, side by side, as `ViT.forward_intermediates` counts them, and before
+        layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and before
             the last norm: LLaVA-1.5 reads the last but one. None = the tokens after the last norm (Idefics3).
         keep_class: whether class and register tokens are read too.
         tiles: how pictures are cut into tiles, which `TiledBatch` names; by default each image stands for itself.
@@ -90,7 +90,7 @@ class Llava(Captioner):
         if self.layers is None:
             x = super()._features(pixels)
         else:
-            x = torch.cat(self.vision.forward_intermediates(pixels, list(self.layers)), dim=-1)
+            x = torch.cat(self.vision.tokens_after(pixels, list(self.layers)), dim=-1)
         return x if self.keep_class else x[:, self.vision.num_prefix_tokens :]
 
     def image_embeds(self, batch: CaptionBatch) -> list[Tensor]:

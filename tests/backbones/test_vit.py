@@ -1,6 +1,7 @@
 """ViT against its definition, against timm (test_weights has the variants), and by its properties."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,14 +158,14 @@ def test_positions_are_resized_at_run_time_as_once_and_for_all() -> None:
 
 def test_intermediates_are_those_of_the_pass() -> None:
     vit, pixels = small(), torch.randn(2, 3, 16, 24)
-    last, first = vit.forward_intermediates(pixels, [-1, 0], norm=True)
+    last, first = vit.tokens_after(pixels, [-1, 0], norm=True)
     assert torch.equal(last, vit.forward_features(pixels))
     assert torch.equal(first, vit.norm(vit.blocks[0](vit.embed(pixels)[0])))
-    (raw,) = vit.forward_intermediates(pixels, [1])
+    (raw,) = vit.tokens_after(pixels, [1])
     assert torch.equal(vit.norm(vit.blocks[2](raw)), last)
     for wrong in (3, -4):
         with pytest.raises(ValueError, match=rf"\[{wrong}\].*there are 3"):
-            vit.forward_intermediates(pixels, [wrong])
+            vit.tokens_after(pixels, [wrong])
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
@@ -283,3 +284,37 @@ def test_a_trace_gives_what_the_vit_gives() -> None:
     traced = torch.jit.trace(vit, torch.randn(3, 3, 24, 24))
     pixels = torch.randn(3, 3, 24, 24)
     torch.testing.assert_close(traced(pixels), vit(pixels))
+
+
+@pytest.mark.parametrize("pool", ["class", "distilled", "mean"])
+def test_another_classifier_is_one_of_its_own(tmp_path: Path, pool: Any) -> None:
+    vit, pixels = small(pool=pool, num_registers=2, num_classes=5).double().eval(), torch.randn(2, 3, 16, 24).double()
+    features = vit.forward_features(pixels)
+    for classes in (7, 0, 3):
+        vit.reset_classifier(classes)
+        assert vit(pixels).shape == (2, classes or 20)
+        assert torch.equal(vit.forward_features(pixels), features)
+        assert not vit.get_classifier().training
+        assert len(vit.get_classifier().state_dict()) == (0 if not classes else 4 if pool == "distilled" else 2)
+        vit.save_pretrained(tmp_path / str(classes))
+        again = ViT.from_pretrained(tmp_path / str(classes)).double()
+        assert again.num_classes == classes
+        assert torch.equal(again(pixels), vit(pixels))
+    with pytest.raises(ValueError, match=r"num_classes.*-1"):
+        vit.reset_classifier(-1)
+    with torch.device("meta"):
+        bare = small()
+    bare.reset_classifier(4)
+    assert bare.head.weight.is_meta
+
+
+def test_intermediates_say_what_they_cannot_give() -> None:
+    vit, pixels = small(patches=ViTPatchConfig(dropout=0.5)).train(), torch.randn(2, 3, 16, 24)
+    with pytest.raises(ValueError, match="no grid: output_fmt NLC"):
+        vit.forward_intermediates(pixels)
+    assert vit.get_intermediate_layers(pixels)[0].shape == (2, 3, 20)
+    for wrong in (0, 4, [3], []):
+        with pytest.raises(ValueError, match="were asked for, but there are 3"):
+            vit.eval().forward_intermediates(pixels, wrong)
+    with pytest.raises(ValueError, match='"NCHW" or "NLC", not "BCHW"'):
+        vit.forward_intermediates(pixels, output_fmt="BCHW")  # pyright: ignore

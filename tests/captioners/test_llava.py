@@ -54,7 +54,7 @@ def test_by_definition() -> None:
     model, given = llava(), batch(24)
     assert given.pixels is not None
     for row in range(4):
-        tokens = model.vision.forward_intermediates(given.pixels[row // 2], [1])[0][0, 2:]
+        tokens = model.vision.tokens_after(given.pixels[row // 2], [1])[0][0, 2:]
         image = model.connector.fc2(F.gelu(model.connector.fc1(tokens)))  # type: ignore[union-attr]
         words = model.decoder.embed_tokens(given.tokens[row])
         x = torch.cat((words[:1], image, words[25:]))[None]

@@ -152,10 +152,7 @@ def test_a_last_norm_that_learns_gives_float32(folders: tuple[Path, Path]) -> No
     half, whole = (load_vit(str(folders[0]), dtype=dtype) for dtype in ("bfloat16", "float32"))
     half.norm.float()
     pixels = torch.randn(3, 3, *SIZE)
-    for read in (
-        lambda vit: vit.forward_features(pixels),
-        lambda vit: vit.forward_intermediates(pixels, [-1], norm=True)[0],
-    ):
+    for read in (lambda vit: vit.forward_features(pixels), lambda vit: vit.tokens_after(pixels, [-1], norm=True)[0]):
         found = read(half)
         assert found.dtype == torch.float32
         assert not torch.equal(found, found.bfloat16().float())

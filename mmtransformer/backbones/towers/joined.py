@@ -27,7 +27,7 @@ class JoinedTowers(ViT):
         first: a tower.
         second: another one, whose grid of patches is the same at the first's image_size.
         layers: the blocks of the first whose tokens are read, side by side and before its last norm, as
-            `forward_intermediates` counts them: (-2,) in LLaVA-1.5. None = the tokens after the last norm.
+            `tokens_after` counts them: (-2,) in LLaVA-1.5. None = the tokens after the last norm.
         second_layers: the same of the second.
 
     Raises:
@@ -91,17 +91,17 @@ class JoinedTowers(ViT):
             if chosen is None:
                 parts = [tower.forward_features(seen)]
             else:
-                parts = tower.forward_intermediates(seen, list(chosen))
+                parts = tower.tokens_after(seen, list(chosen))
             found += [part[:, tower.num_prefix_tokens :] for part in parts]
         return torch.cat([part.to(found[0].dtype) for part in found], dim=-1)
 
-    def forward_intermediates(self, pixels: Tensor, indices: list[int], *, norm: bool = False) -> list[Tensor]:
+    def tokens_after(self, pixels: Tensor, blocks: Sequence[int], *, norm: bool = False) -> list[Tensor]:
         """Refused, as the towers' blocks are chosen when they are joined.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"blocks {indices} of joined towers were asked for: say them as layers and second_layers")
+        raise ValueError(f"blocks {list(blocks)} of joined towers were asked for: say them as layers and second_layers")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The mean of the patches: (b p dim) -> (b dim)."""

@@ -74,7 +74,7 @@ def packed_features(vit: ViT, images: PackedImages, indices: Sequence[int] | Non
     Args:
         vit: the vision encoder.
         images: the pictures.
-        indices: the blocks whose tokens are wanted, side by side and before the last norm, as `forward_intermediates`
+        indices: the blocks whose tokens are wanted, side by side and before the last norm, as `tokens_after`
             counts them; None = the tokens after the last norm.
 
     Raises:

@@ -22,7 +22,7 @@ from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
+from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, processes
 from mmtransformer.data.loading.source import splits_there
 from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.layers.config import known_fields
@@ -292,12 +292,12 @@ class DataModule(lightning.LightningDataModule, ABC):
                     bad.keep(self.loads(split, listed.keys()))
 
     def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled, mixed and grouped by length for training, as it is otherwise.
+        """Return a process's loader of a split: shuffled, mixed, grouped by length for training, as it is otherwise.
 
         Raises:
             ValueError: If Lightning would replace the sampler.
         """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else processes()
         if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"set use_distributed_sampler to false: {type(self).__name__} shares the {self.unit}s among the "

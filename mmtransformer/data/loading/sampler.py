@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmtransformer.data.loading.budget import PatchBudget
@@ -20,6 +21,12 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.hashing import hash64, hash64_range
 from mmtransformer.data.loading.workers import ignore_signals
 from mmtransformer.serialization.printable import counted
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and the number of processes of torch.distributed's group; 0 and 1 where there is none."""
+    grouped = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
 
 class SampleIndex(NamedTuple):

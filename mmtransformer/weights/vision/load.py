@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
@@ -87,7 +87,7 @@ def load_vit(
     else:
         vit = _from_name(name)
     if not keep_head and vit.num_classes:
-        vit.head, vit.num_classes = nn.Identity(), 0
+        vit.reset_classifier(0)
     if image_size is not None:
         vit.set_input_size(image_size)
     if lora_rank:

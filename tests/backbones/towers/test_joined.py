@@ -41,8 +41,8 @@ def test_channels_are_the_chosen_blocks_of_both() -> None:
     joined = JoinedTowers(first, second, layers=(-2, -1), second_layers=(0,))
     assert (joined.dim, joined.grid, joined.num_prefix_tokens) == (24 + 24 + 20, (3, 3), 0)
     found = joined.forward_features(pixels).split((24, 24, 20), dim=-1)
-    before, last = (x[:, 2:] for x in first.forward_intermediates(pixels, [1, 2]))
-    for part, wanted in zip(found, (before, last, second.forward_intermediates(pixels, [0])[0]), strict=True):
+    before, last = (x[:, 2:] for x in first.tokens_after(pixels, [1, 2]))
+    for part, wanted in zip(found, (before, last, second.tokens_after(pixels, [0])[0]), strict=True):
         assert torch.equal(part, wanted)
     normed = JoinedTowers(first, second).forward_features(pixels)
     assert torch.equal(normed[..., :24], first.forward_features(pixels)[:, 2:])
@@ -112,4 +112,4 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"px into \(3, 3\) patches, the second \(24, 24\) px into \(6, 6\)"):
         JoinedTowers(first, ViT(24, 4, 20, 1, 4))
     with pytest.raises(ValueError, match="say them as layers and second_layers"):
-        JoinedTowers(first, second).forward_intermediates(torch.zeros(1, 3, 24, 24), [0])
+        JoinedTowers(first, second).tokens_after(torch.zeros(1, 3, 24, 24), [0])

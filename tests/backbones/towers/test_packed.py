@@ -63,7 +63,7 @@ def test_each_picture_gets_what_it_gets_alone(name: str) -> None:
             close(tokens, model.forward_features(image[None])[0])
         close(packed_forward(model, packed), torch.cat([model(image[None]) for image in images]))
         for tokens, image in zip(packed_features(model, packed, [-2, 1]), images, strict=True):
-            close(tokens, torch.cat(model.forward_intermediates(image[None], [-2, 1]), -1)[0])
+            close(tokens, torch.cat(model.tokens_after(image[None], [-2, 1]), -1)[0])
 
 
 @pytest.mark.parametrize("name", VITS)

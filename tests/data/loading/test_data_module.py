@@ -15,6 +15,8 @@ import lightning
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import Dataset
 
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
@@ -349,3 +351,17 @@ def test_of_several_splits_those_that_there_are(asked: list[str], taken: tuple[s
         assert data.val_splits == data.test_splits == taken
     assert [("'hard'" in str(one.message)) for one in told] == [True, True] * left_out
     assert Plain(splits=Splits(val=asked)).val_splits == tuple(asked)
+
+
+def test_a_plain_loop_in_many_processes_gets_its_share_of_each() -> None:
+    shares = []
+    for rank in (0, 1):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            loader = Plain(size=24).loader("train", training=True)
+            shares.append([pick.index for batch in loader for pick in batch])
+        finally:
+            dist.destroy_process_group()
+    assert [len(share) for share in shares] == [12, 12]
+    assert sorted(shares[0] + shares[1]) == list(range(24))
+    assert len(Plain(size=24).loader("train")) == 6

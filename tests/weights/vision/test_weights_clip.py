@@ -60,7 +60,7 @@ def test_every_layer_equal_and_written_back(model: Any, tmp_path: Path) -> None:
     pixels = torch.randn(2, 3, *ours.image_size)
     theirs = tower(pixel_values=pixels, output_hidden_states=True)
     torch.testing.assert_close(ours.forward_features(pixels), theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
-    for i, tokens in enumerate(ours.forward_intermediates(pixels, list(range(ours.depth)))):
+    for i, tokens in enumerate(ours.tokens_after(pixels, list(range(ours.depth)))):
         torch.testing.assert_close(tokens, theirs.hidden_states[i + 1], atol=1e-5, rtol=1e-5)
     if theirs.pooler_output is not None:
         torch.testing.assert_close(ours(pixels), theirs.pooler_output, atol=1e-5, rtol=1e-5)

@@ -75,7 +75,7 @@ def test_vit_equals_eva(name: str) -> None:
     close(ours.forward_features(pixels), theirs.forward_features(pixels))
     close(ours(pixels), theirs(pixels))
     between = theirs.forward_intermediates(pixels, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
-    close(ours.forward_intermediates(pixels, [0])[0][:, ours.num_prefix_tokens :], between)
+    close(ours.tokens_after(pixels, [0])[0][:, ours.num_prefix_tokens :], between)
 
 
 @pytest.mark.parametrize("size", [(40, 16), (16, 16)])

@@ -118,7 +118,7 @@ def test_every_layer_equal_and_written_back(name: str, tmp_path: Path) -> None:
         pixels = torch.randn(2, 3, *size)
         theirs = run(tower, pixels, ours.patch_size)
         torch.testing.assert_close(ours.forward_features(pixels), theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
-        for i, tokens in enumerate(ours.forward_intermediates(pixels, list(range(ours.depth)))):
+        for i, tokens in enumerate(ours.tokens_after(pixels, list(range(ours.depth)))):
             torch.testing.assert_close(tokens, theirs.hidden_states[i + 1], atol=1e-5, rtol=1e-5)
         if theirs.pooler_output is not None and not fixed:
             torch.testing.assert_close(ours(pixels), theirs.pooler_output, atol=1e-5, rtol=1e-5)

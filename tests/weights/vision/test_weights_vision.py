@@ -110,7 +110,7 @@ def timm_vit(**options: Any) -> Any:
     return shake(VisionTransformer(**BASE | options))
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
+def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
@@ -154,8 +154,16 @@ def test_vit_equals_timm_both_ways(name: str) -> None:
     pixels = torch.randn(3, theirs.patch_embed.proj.in_channels, *theirs.patch_embed.img_size)
     close(ours.forward_features(pixels), theirs.forward_features(pixels))
     close(ours(pixels), theirs(pixels))
-    last = theirs.forward_intermediates(pixels, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
-    close(ours.forward_intermediates(pixels, [0])[0][:, ours.num_prefix_tokens :], last)
+    tokens = {"norm": True, "output_fmt": "NLC", "return_prefix_tokens": True}
+    for wanted, given in ((None, {}), (2, tokens), ([-1, 0], {}), ([-1, 0], tokens)):
+        close(
+            ours.forward_intermediates(pixels, wanted, **given), theirs.forward_intermediates(pixels, wanted, **given)
+        )
+    early = {"stop_early": True, "intermediates_only": True}
+    close(ours.forward_intermediates(pixels, [0], **early), theirs.forward_intermediates(pixels, [0], **early))
+    for given in ({}, {"reshape": True, "return_prefix_tokens": True, "norm": True}):
+        close(ours.get_intermediate_layers(pixels, 2, **given), theirs.get_intermediate_layers(pixels, 2, **given))
+    assert (ours.embed_dim, ours.num_features) == (theirs.embed_dim, theirs.num_features)
     state = to_timm(ours)
     back = VisionTransformer(**BASE | VITS[name])
     if VITS[name].get("no_embed_class"):  # There, positions are of patches only.
