@@ -50,10 +50,10 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.pipelines.caption_files import write_bad
     from mmtransformer.pipelines.many_images import devices_of
-    from mmtransformer.training.engine.precision import fast_matmuls
+    from mmtransformer.training.engine.precision import set_up_process
     from mmtransformer.training.evaluation.evaluation import Evaluation, score_split, split_languages
 
-    fast_matmuls()
+    set_up_process()
     devices = devices_of(args.device, args.devices)
     judge = _judge(args)  # Before the captions, which take long: it may not be there.
     model = _load(args, devices[0] if len(devices) == 1 else "cpu")

@@ -114,12 +114,12 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
     from mmtransformer.training.engine.log import MetricsLog
-    from mmtransformer.training.engine.precision import asked_for, fast_matmuls, pick_precision
+    from mmtransformer.training.engine.precision import asked_for, pick_precision, set_up_process
     from mmtransformer.training.engine.sharded import Sharded, number_format
     from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
     _quiet()
-    fast_matmuls()  # Before a model of the user's computes anything, too.
+    set_up_process()  # Before a model of the user's computes anything, too.
 
     class WholeKeys(LightningArgumentParser):
         """Takes no abbreviated keys, nor do the parsers that it makes for what stands inside."""

@@ -1,8 +1,9 @@
 """Training steps of a captioner (ViT-Ti/16, GPT-2-small-shaped decoder, 50,257 words, 8 captions of 9 to 21 tokens)
 against transformers' VisionEncoderDecoder with the same weights.
 
-Ours runs as the recipes run it: fused AdamW, and in float32 matrix products that compute in bfloat16 inside
-(`set_float32_matmul_precision("medium")`). The peer runs as it comes, and in the lines "same ..." with both of these.
+Ours runs as `mmt fit` runs it: fused AdamW, in float32 matrix products that compute in bfloat16 inside
+(`set_float32_matmul_precision("medium")`), and freed memory kept by malloc (`keep_freed_memory`). The peer runs as it
+comes, and in the lines "same ..." with these.
 "same layers": the peer's projection between the towers is kept; "folded": it is multiplied into the cross-attention's
 weights, so that this reads the vision tower's narrow tokens, as our captioners do. Needs 4 GB of memory.
 
@@ -14,7 +15,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from harness import compare, start
+from harness import compare, process_as, start
 from peer import caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch
     adamw = optimizer(model, memory, fused=True)
 
     def step() -> Tensor:
-        torch.set_float32_matmul_precision("medium")
+        process_as(mmt_fit=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = caption_loss(model, batch, reduction="sum")
         (loss.sum / loss.count).backward()
@@ -59,7 +60,7 @@ def peer_step(model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torc
     pixels, inputs = batch.pixels[:, 0], batch.tokens[:, :-1]
 
     def step() -> Tensor:
-        torch.set_float32_matmul_precision("medium" if same else "highest")
+        process_as(mmt_fit=same)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(pixel_values=pixels, decoder_input_ids=inputs).logits
             # The loss is the peer's own, without its second shift of labels that are shifted already.

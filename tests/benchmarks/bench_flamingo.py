@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 from bench_captioner import optimizer
-from harness import compare, start, timed
+from harness import compare, process_as, start, timed
 from peer import VOCAB, caption_batch
 from peer_flamingo import PATCHES, VISUAL, PeerFlamingo, ours_of
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Step:
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten(), ignore_index=-100)
 
     def __call__(self) -> Tensor:
-        torch.set_float32_matmul_precision("medium" if self.tuned else "highest")
+        process_as(mmt_fit=self.tuned)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss = self.loss()
         loss.backward()

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from harness import compare, start
+from harness import compare, process_as, start
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2QFormerModel, OPTConfig
@@ -56,7 +56,7 @@ def training(
     adamw = optimizer(model, fused) if isinstance(model, nn.Module) else model
 
     def step() -> None:
-        torch.set_float32_matmul_precision(precision)
+        process_as(mmt_fit=precision == "medium")
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             value = loss()
         value.backward()

@@ -6,6 +6,7 @@ do (see work.py). With BENCH_RECORD=FILE each line is also appended there as JSO
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -34,6 +35,18 @@ class Timing(NamedTuple):
 
 def slow_in_bfloat16() -> bool:
     return not torch.cuda.is_available() and not bfloat16_hardware("cpu").fast
+
+
+def process_as(mmt_fit: bool) -> None:
+    """Sets what `mmt fit` sets for its process, or what torch and malloc do by themselves; each side's step does, anew.
+
+    By itself malloc gives tensors above 32 MB back to the system. Smaller ones stay for both sides: else the one would
+    give back what the other has kept for its next step.
+    """
+    torch.set_float32_matmul_precision("medium" if mmt_fit else "highest")
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(-3, 2**30 if mmt_fit else 2**25)  # from which size on
+        set_option(-1, 2**31 - 1)  # how much is kept
 
 
 def timed(run: Callable[[], object]) -> Timing:

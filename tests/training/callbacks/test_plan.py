@@ -123,10 +123,10 @@ def test_the_number_of_kernels_that_is_set_stays(monkeypatch: pytest.MonkeyPatch
 GROWTH = """
 import torch
 from mmtransformer.training.callbacks.plan import private_bytes
-from mmtransformer.training.engine.precision import fast_matmuls
+from mmtransformer.training.engine.precision import set_up_process
 
 torch.set_num_threads(1)
-fast_matmuls()
+set_up_process()
 weight = torch.ones(256, 256, dtype=torch.bfloat16)
 torch.ones(64, 256, dtype=torch.bfloat16) @ weight
 for begin, end in ((100, 164), (200, 600)):

@@ -1,10 +1,14 @@
 """The arithmetic that a machine is fast at."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from mmtransformer.layers import kernels
-from mmtransformer.training.engine.precision import asked_for, pick_precision
+from mmtransformer.training.engine.precision import asked_for, keep_freed_memory, pick_precision
 
 
 def test_precision_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +32,37 @@ def test_a_precision_that_is_slow_here_is_called_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert asked_for("16-mixed", "auto") == "16-mixed was asked for"
     assert asked_for(16, "cpu").startswith("16 was asked for; but the CPU has no bfloat16 kernels")
+
+
+FAULTS = """
+import resource
+import torch
+from mmtransformer.training.engine.precision import keep_freed_memory
+
+print(keep_freed_memory())
+for _ in range(3):  # 200 MB, above what malloc keeps by itself
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(50_000_000).add_(1)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is another one")
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False)],
+)
+def test_freed_memory_is_used_again(said: dict[str, str], kept: bool) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=clean | said, capture_output=True, text=True, check=True)
+    answer, faults = done.stdout.split()
+    if answer != str(kept) and kept:
+        pytest.skip("this C library has no mallopt")
+    assert answer == str(kept)
+    assert (int(faults) < 1000) == kept  # of 48,829 pages
+
+
+def test_another_system_keeps_its_own_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
