@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mmtransformer.serialization.pretrained import CONFIG
 from mmtransformer.weights.families import FAMILIES
+from support.hub_models import MODELS
+from support.hub_odd import FAMILIES as HUB_FAMILIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (DOCS / "weights.md", DOCS / "public-models.md")
@@ -73,7 +75,8 @@ def captioners() -> str:
     for family, way in FAMILIES.items():
         if way.processor is not None:
             if family == "hub":
-                types, made = "all others that transformers has", f"`{way.makes[0].__name__}`"
+                same = ", ".join(f"`{kind}`" for kind in sorted({*MODELS, *HUB_FAMILIES}))
+                types, made = f"all others that transformers has; compared: {same}", f"`{way.makes[0].__name__}`"
             else:
                 said = way.model_types if way.config == CONFIG else [way.config]
                 types, made = (", ".join(f"`{x}`" for x in some) for some in (said, [way.makes[0].__name__]))

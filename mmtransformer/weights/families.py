@@ -71,6 +71,11 @@ def _ids(
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _tower_of(config: dict[str, Any]) -> Any:
+    """The type of vision encoder that a captioner's config.json names; None where it is the family's usual one."""
+    return (config.get("vision_config") or {}).get("model_type")
+
+
 @dataclass(frozen=True)
 class Family:
     """How models of a family come in and go out.
@@ -85,6 +90,7 @@ class Family:
         reader: who reads what is written.
         config: the file that says what a folder holds.
         weights: the file that its tensors are written to.
+        holds: whether a folder's config is of a kind that is built here; where not, transformers runs the captioner.
         looks_up: whether its folders name models around them, which are looked up too: `load`, `save` and `processor`
             then take `options`.
     """
@@ -98,6 +104,7 @@ class Family:
     reader: str = "transformers"
     config: str = CONFIG
     weights: str = WEIGHTS
+    holds: Callable[[dict[str, Any]], bool] = lambda config: True
     looks_up: bool = False
 
     def options(self, options: HubOptions) -> dict[str, HubOptions]:
@@ -155,7 +162,12 @@ FAMILIES: dict[str, Family] = {
         for name in ("smolvlm", "idefics3")
     },
     "llava": Family(
-        load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision"), processor=LlavaProcessor
+        load_llava,
+        save_llava,
+        (Llava,),
+        ("llava", "llava_next", "llava_onevision"),
+        processor=LlavaProcessor,
+        holds=lambda config: _tower_of(config) in (None, *CLIP_TYPES, *SIGLIP_TYPES),
     ),
     "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
     "hub": Family(load_hub, save_hub, (HubCaptioner,), processor=HubProcessor),

@@ -46,7 +46,8 @@ def captioner_family(folder: Path) -> Family | None:
         return None
     name = family_of(config)
     family = FAMILIES.get(name or "")
-    if (family is None or family.processor is None) and config.get("model_type") in hub_types():
+    held = family is not None and family.processor is not None and family.holds(config)
+    if not held and config.get("model_type") in hub_types():
         return FAMILIES[HUB]
     if family is not None and family.processor is not None:
         return family

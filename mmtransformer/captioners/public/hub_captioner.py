@@ -4,6 +4,8 @@ Shapes: n rows of text, one a sample.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 
-_VISION = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "vision_backbone")
+_VISION = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "vision_backbone",
+           "image_tower", "video_tower", "vqmodel", "vision_embed_tokens", "encoder")  # fmt: skip
 _TEXT = ("language_model", "text_model", "decoder", "lm_head", "embed_tokens", "layers")
 _CONNECTORS = ("projector", "connector", "merger", "image_to_text", "resampler", "abstractor", "aligner")
 _NO_LENGTH = 2048
@@ -27,10 +30,12 @@ class HubBatch(CaptionBatch):
     Attributes:
         images: the b samples' pictures.
         given: what the model reads, by the names that it has there.
+        beside: the names of those that have something for each token of the rows.
     """
 
     images: tuple[Image, ...] = ()
     given: dict[str, Tensor] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with its tensors on another device."""
@@ -105,25 +110,23 @@ class HubCaptioner(Captioner):
     @property
     def vision(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The vision encoder."""
-        return self._named(_VISION)
+        return self._named(_VISION) or nn.Module()
 
     @property
     def decoder(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The language model."""
-        return self._named(_TEXT[:3])
+        return self._named(_TEXT[:3]) or self.model.get_decoder()
 
-    def _named(self, names: tuple[str, ...]) -> nn.Module:
-        for path, part in self.model.named_modules():
-            if path.rpartition(".")[2] in names:
-                return part
-        return nn.Module()
+    def _named(self, names: tuple[str, ...]) -> nn.Module | None:
+        parts = dict(self.model.named_modules())
+        return next((part for name in names for path, part in parts.items() if path.split(".")[-1] == name), None)
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to: "vision", "connector" or "decoder"; see `weights.adapters.part_of`."""
         words = name.split(".")
         if any(key in word for word in words for key in _CONNECTORS):
             return "connector"
-        if any(word in _VISION for word in words):
+        if any(word in _VISION[:-1] for word in words) or words[1] == _VISION[-1]:
             return "vision"
         return "decoder" if any(word in _TEXT for word in words) else "connector"
 
@@ -159,25 +162,44 @@ class HubCaptioner(Captioner):
             raise ValueError(f"{n} rows of {b} pictures: a HubCaptioner reads one a picture (captions_per_image: 1)")
         real = batch.attention_mask.long()
         if self.seq2seq:
-            return self.model(**given, decoder_input_ids=batch.tokens, decoder_attention_mask=real).logits
+            with self._telling():
+                return self.model(**given, decoder_input_ids=batch.tokens, decoder_attention_mask=real).logits
         for name in ("input_ids", "attention_mask"):
             given.pop(name, None)
-        for name, x in given.items():
-            if name.endswith("token_type_ids") or name == "image_embeds_position_mask":
-                given[name] = x[:, :q]
-        return self.model(input_ids=batch.tokens, attention_mask=real, use_cache=False, **given).logits
+        for name in given.keys() & {*getattr(batch, "beside", ())}:
+            given[name] = given[name][:, :q]
+        with self._telling():
+            return self.model(input_ids=batch.tokens, attention_mask=real, use_cache=False, **given).logits
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, HubState]:
         """Reads pictures and prompts once, as transformers' `generate` prepares them; see `Captioner.prefill`."""
-        found = self.model.generate(
-            **self._given(batch), custom_generate=_prepared, max_new_tokens=max_new_tokens, num_beams=1,
-            do_sample=False, use_cache=True, return_dict_in_generate=False, num_return_sequences=1, min_length=0,
-        )  # fmt: skip
-        model, tokens, config, kept = found
-        logits = self._step(state := HubState(model, tokens, kept), model._prefill(tokens, config, kept))
+        with self._telling():
+            model, tokens, config, kept = self.model.generate(
+                **self._given(batch), custom_generate=_prepared, max_new_tokens=max_new_tokens, num_beams=1,
+                do_sample=False, use_cache=True, return_dict_in_generate=False, num_return_sequences=1, min_length=0,
+            )  # fmt: skip
+            logits = self._step(state := HubState(model, tokens, kept), model._prefill(tokens, config, kept))
         return repeat_rows(logits, state, expand_size)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What transformers raises of inputs that do not fit, in one line.
+
+        Raises:
+            ValueError: instead of it.
+        """
+        try:
+            yield
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # memory, devices
+                raise
+            told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(
+                f"transformers' {type(self.model).__name__} cannot read what its processor makes of picture and "
+                f"prompt: {told}; try the family's own prompt, and the processor's files of the model's own repository"
+            ) from error
 
     def decode_step(self, tokens: Tensor, state: HubState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n v)."""

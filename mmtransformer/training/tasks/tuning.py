@@ -147,7 +147,8 @@ class Tuning:
         for part, tower in towers.items():
             if not found[part]:
                 known = sorted({name.rpartition(".")[2] for name in linear[part]})
-                raise ValueError(f"tuning.target_modules: none is in the {part}, which has {', '.join(known)}")
+                there = ", ".join(known) or f"no linear layer: leave {part} out of tuning.parts"
+                raise ValueError(f"tuning.target_modules: none is in the {part}, which has {there}")
             add_lora(tower, found[part], rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         for parameter in captioner.parameters():
             if id(parameter) in learning:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,19 @@ from mmtransformer.weights.shared.folders import check_safetensors
 
 PROMPT = "Describe the image concisely."
 """What a picture is captioned after, in a conversation."""
-_PLAIN = {"florence2": "<CAPTION>", "kosmos-2": "<grounding>An image of", "kosmos-2.5": "<md>"}
+_PLAIN = {
+    "florence2": "<CAPTION>", "kosmos-2": "<grounding>An image of", "kosmos-2.5": "<md>",
+    "fuyu": "Generate a coco-style caption.\n",
+}  # fmt: skip
 """The documented captioning prompts of families without conversations, whose processors put the picture in front."""
+_MORE = {
+    "udop": "the boxes of a page's words", "evolla": "a protein", "pi0": "a robot's state",
+    "instructblipvideo": "a video",
+}  # fmt: skip
+"""What families of the list read that is not there when a picture is captioned."""
+_UNEQUAL = {"emu3": "pads the smaller ones and sees the padding"}
+"""Families that write otherwise beside other pictures than alone."""
+_ONE = "give it one picture at a time (a batch size of 1), or pictures of one size"
 _THUMB = ImageTransform(8, "squash")
 _PLACES = ("text_config", "language_config", "thinker_config", "decoder")
 
@@ -49,8 +61,9 @@ def load_hub(source: str | Path) -> HubCaptioner:
     folder = find_folder(source)
     kind = read_json(folder / CONFIG).get("model_type")
     check_safetensors(folder)
-    transformers = _transformers(kind)
-    say(f"{folder}: {kind} is no family of this library's own, so it runs in transformers", file=sys.stderr)
+    transformers = _transformers(kind, folder)
+    held = f"such a {kind} is" if kind in ("llava", "llava_next", "llava_onevision") else f"{kind} is"
+    say(f"{folder}: {held} no family of this library's own, so it runs in transformers", file=sys.stderr)
     try:
         with built_from(shapes_in(folder), str(folder)):
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -86,21 +99,26 @@ class HubProcessor(Processor):
     def __init__(self, folder: Path) -> None:
         self.kind = str(read_json(folder / CONFIG).get("model_type"))
         tokenizer, _ = Tokenizer.from_pretrained(folder), read_preprocessor(folder)  # both say what is missing
-        transformers = _transformers(self.kind)
+        transformers, own = _transformers(self.kind, folder), {"trust_remote_code": False, "local_files_only": True}
         try:
-            self.hub: Any = transformers.AutoProcessor.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True
-            )
+            self.hub: Any = transformers.AutoProcessor.from_pretrained(str(folder), **own)
+            seq2seq = transformers.AutoConfig.from_pretrained(str(folder), **own).is_encoder_decoder
         except Exception as error:
             raise ValueError(f"{folder}: transformers cannot build its processor: {_first_line(error)}") from error
-        if not hasattr(self.hub, "tokenizer"):
-            raise ValueError(f"{folder}: its processor is a {type(self.hub).__name__}, without a tokenizer")
+        self.name = f"{folder}: transformers' {type(self.hub).__name__}"
+        for part in ("tokenizer", "image_processor"):
+            if getattr(self.hub, part, None) is None:
+                raise ValueError(f"{self.name} has no {part}, and captions need both")
         self.hub.tokenizer.padding_side = "left"
         self.talks = getattr(self.hub, "chat_template", None) is not None
         prompt = PROMPT if self.talks else _PLAIN.get(self.kind)
         super().__init__(tokenizer, _THUMB, eos_ids=read_ends(folder, *_PLACES), prompt=prompt)
-        seq2seq = read_json(folder / CONFIG).get("is_encoder_decoder") or self.kind == "florence2"
         self.start = read_start(folder, *_PLACES) if seq2seq else None
+        mark = getattr(self.hub, "image_token", None)
+        if self.talks:
+            self._check_template()
+        elif mark is not None and self.kind not in _PLAIN:
+            say(f'{folder} has no chat_template.jinja, so prompts are "{mark}" and words', file=sys.stderr)
 
     def prepare(self, image: Image) -> Image:
         """The picture itself: its processor reads it with its prompt."""
@@ -115,12 +133,14 @@ class HubProcessor(Processor):
     def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         """The batch with what the model reads; see `Processor`."""
         assert isinstance(batch, HubBatch)
-        given = self._given(batch.images, texts)
+        given, asked = self._given(batch.images, texts)
         device = batch.tokens.device
-        tokens, real = given["input_ids"], given["attention_mask"].bool()
-        if self.start is not None:
-            tokens = torch.full((len(texts), 1), self.start)
-            real = torch.ones_like(tokens, dtype=torch.bool)
+        if self.start is None:
+            tokens, real = given["input_ids"], given["attention_mask"].bool()
+        else:
+            tokens, real = self.pad([[self.start, *ids] for ids in asked])
+            if any(asked):
+                given |= {"decoder_input_ids": tokens, "decoder_attention_mask": real.long()}
         return dataclasses.replace(
             batch,
             tokens=tokens.to(device),
@@ -132,9 +152,8 @@ class HubProcessor(Processor):
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
         """The ids of a picture's prompt; see `Processor`."""
         assert isinstance(batch, HubBatch)
-        if self.start is not None:
-            return [self.start]
-        return self._given(batch.images[sample : sample + 1], [text])["input_ids"][0].tolist()
+        given, (asked,) = self._given(batch.images[sample : sample + 1], [text])
+        return given["input_ids"][0].tolist() if self.start is None else [self.start, *asked]
 
     def opening(self, text: str | None = None) -> tuple[list[int] | None, str]:
         """Prompts depend on the picture; see `Processor`."""
@@ -144,42 +163,93 @@ class HubProcessor(Processor):
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """Rows of training with what else the model reads; see `Processor`."""
         assert isinstance(batch, HubBatch)
-        asked, q = questions_of(batch, len(batch.images)), batch.tokens.shape[1]
-        given = self._given(batch.images, asked)
+        q = batch.tokens.shape[1]
+        given, _ = self._given(batch.images, questions_of(batch, len(batch.images)))
+        beside: tuple[str, ...] = ()
         if self.start is None:
             shape, real = given.pop("input_ids").shape, given.pop("attention_mask").bool()
-            for name, x in given.items():
-                if x.shape == shape:  # what stands beside the prompt's ids goes to the left, with nothing of captions
-                    rows = [row[mask] for row, mask in zip(x, real, strict=True)]
-                    given[name] = torch.stack([torch.cat((row, row.new_zeros(q)))[:q] for row in rows])
-        return dataclasses.replace(batch, given=given)
+            beside = tuple(name for name, x in given.items() if x.shape[:2] == shape and not x.is_floating_point())
+            for name in beside:  # what stands beside the prompt's ids goes to the left
+                rows = [row[mask] for row, mask in zip(given[name], real, strict=True)]
+                given[name] = torch.stack([_stretched(row, q) for row in rows])
+        return dataclasses.replace(batch, given=given, beside=beside)
+
+    def _check_template(self) -> None:
+        """Makes sure that a picture has its place in what the chat template writes.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        text, bare = self._text("a"), [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        if "'type'" in text or text == self._templated(bare):
+            raise ValueError(
+                f"{self.name} has a chat template without a place for pictures: put the chat_template.jinja of the "
+                "model's own repository into the folder"
+            )
+
+    def _templated(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self.hub.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise ValueError(f"{self.name}: its chat template: {_first_line(error)}") from error
 
     def _text(self, said: str | None) -> str:
         said = self.prompt if said is None else said
         if self.talks:
-            return self.hub.apply_chat_template(messages_of(said or ""), add_generation_prompt=True, tokenize=False)
+            return self._templated(messages_of(said or ""))
         mark = getattr(self.hub, "image_token", None)
         alone = self.kind in _PLAIN or mark is None or mark in (said or "")
         return (said or "") if alone else f"{mark}{said or ''}"
 
-    def _given(self, images: Sequence[Image], texts: Sequence[str | None]) -> dict[str, Tensor]:
-        """What the processor makes of pictures and texts.
+    def _given(self, images: Sequence[Image], texts: Sequence[str | None]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """What the model reads of pictures and texts, and the ids that its decoder begins with besides the first.
 
         Raises:
-            ValueError: for what it does not take.
+            ValueError: for what the processor does not take, or makes no tensors of.
         """
-        whole = [self._text(text) for text in texts]
-        bos = getattr(self.hub.tokenizer, "bos_token", None)
-        again = {"add_special_tokens": False} if bos and whole[0].startswith(bos) else {}
+        found = self._made(images, texts)
+        loose = [name for name, x in found.items() if isinstance(x, list) and x and isinstance(x[0], Tensor)]
+        if loose or (self.kind in _UNEQUAL and len({image.size for image in images}) > 1):
+            how = _UNEQUAL.get(self.kind, f"keeps {', '.join(loose)} of each by itself")
+            raise ValueError(f"{self.name} {how}: {_ONE}")
+        given = {name: x for name, x in found.items() if isinstance(x, Tensor) and name != "labels"}
+        given = {name: x.float() if x.is_floating_point() else x for name, x in given.items()}
+        if not any(x.is_floating_point() for x in given.values()):
+            raise ValueError(f"{self.name} makes no pixels of a picture: {', '.join(given)} alone")
+        ids, real = (given.pop(f"decoder_{name}", None) for name in ("input_ids", "attention_mask"))
+        if ids is None or real is None:
+            return given, [[] for _ in texts]
+        return given, [row[mask].tolist() for row, mask in zip(ids.long(), real.bool(), strict=True)]
+
+    def _made(self, images: Sequence[Image], texts: Sequence[str | None]) -> Any:
         pictures: Any = [[image] for image in images] if self.talks else [*images]
         try:
-            found = self.hub(images=pictures, text=whole, padding=True, return_tensors="pt", **again)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(f"transformers' {type(self.hub).__name__}: {_first_line(error)}") from error
-        return {name: x for name, x in found.items() if isinstance(x, Tensor) and name != "labels"}
+            if self.prompt is None and not any(texts):  # some have words of their own, or need none
+                with suppress(ValueError, TypeError):
+                    found = self._called(images=pictures)
+                    if self.start is not None or "input_ids" in found:
+                        return found
+            whole = [self._text(text) for text in texts]
+            bos = getattr(self.hub.tokenizer, "bos_token", None)
+            again = {"add_special_tokens": False} if bos and whole[0].startswith(bos) else {}
+            return self._called(images=pictures, text=whole, **again)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            remedy = f"; {_ONE}" if len(images) > 1 else ""
+            raise ValueError(f"{self.name}: {_first_line(error)}{remedy}") from error
+
+    def _called(self, **given: Any) -> Any:
+        return self.hub(**given, padding=True, return_tensors="pt")
 
 
-def _transformers(kind: Any) -> Any:
+def _stretched(row: Tensor, q: int) -> Tensor:
+    """What stands beside a prompt's ids, q long: a caption is of no kind (0), and looks where the prompt's end does."""
+    after = row[-1:] if row.ndim > 1 else row.new_zeros(1)
+    return torch.cat((row, after.expand(q, *row.shape[1:])))[:q]
+
+
+def _transformers(kind: Any, folder: Path) -> Any:
+    if kind in _MORE:
+        raise ValueError(f"{folder}: a model of the type {kind} reads {_MORE[kind]}, so it does not caption pictures")
     try:
         import transformers
     except ImportError as error:
