@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.vit_blocks import ViTOutputConfig as ViTOutputConfig
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
-    from mmtransformer.captioners.base import Output as Output
+    from mmtransformer.captioners.base import ModelOutput as ModelOutput
     from mmtransformer.captioners.base import caption_loss as caption_loss
     from mmtransformer.captioners.base import freeze as freeze
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.connectors.transformer import TransformerConnector as TransformerConnector
     from mmtransformer.diffusion.image_generation import ImageGenerationConfig as ImageGenerationConfig
-    from mmtransformer.diffusion.paths import Diffusion as Diffusion
+    from mmtransformer.diffusion.paths import DiffusionConfig as DiffusionConfig
     from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
     from mmtransformer.dual_encoders.clip import CLIP as CLIP
     from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower as TextEncoderTower

@@ -157,7 +157,7 @@ PYTHON = (
 )
 MASKS = (
     "import torch; from mmtransformer import *; "
-    "m = VisionEncoderDecoder(ViT(16, 8, 24, 1, 2), TextDecoder(50, 24, 1, 2, cross_dim=24, max_len=20)); "
+    "m = VisionEncoderDecoder(ViT(16, 8, 24, 1, 2), TextDecoder(50, 24, 1, 2, context_dim=24, max_len=20)); "
     "x, t = torch.rand(2, 3, 16, 16), torch.tensor([[5, 6, 0], [7, 8, 9]]); real = (t > 0).long(); "
     "b = CaptionBatch(t, real, real, x); print(b.loss_mask.dtype); generate(m, b, eos_id=2, max_new_tokens=5)"
 )

@@ -27,7 +27,7 @@ def test_reprs_say_what_it_is() -> None:
     tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300, languages=["en", "ko"])
     assert repr(tokenizer) == f"Tokenizer({tokenizer.vocab_size} tokens, languages en, ko)"
     vit = ViT(32, 8, 16, 1, 2, class_token=False, pool="mean")
-    model = VisionEncoderDecoder(vit, TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, cross_dim=16))
+    model = VisionEncoderDecoder(vit, TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, context_dim=16))
     captioner = ImageCaptioner(model, tokenizer, ImageTransform(32), device="cpu")
     assert repr(captioner) == (
         f"ImageCaptioner(VisionEncoderDecoder, 0.0 million parameters, {tokenizer.vocab_size} tokens, "

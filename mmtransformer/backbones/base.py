@@ -83,7 +83,7 @@ class DecoderState:
         attention_mask: (b length) bool, True = a real token; None = all are. Of a static state (b max_len).
         cache_position: (1) long, the last token's place in the caches, once the state is static.
         context: keys and values for each block that reads a context, set by the first tokens; None = there is none.
-        context_attention_mask: (n k) bool, which of the context's tokens are real; None = all.
+        context_mask: (n k) bool, which of the context's tokens are real; None = all.
     """
 
     def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
@@ -93,7 +93,7 @@ class DecoderState:
         self.attention_mask: Tensor | None = None
         self.cache_position: Tensor | None = None
         self.context: list[KeyValue] | None = None
-        self.context_attention_mask: Tensor | None = None
+        self.context_mask: Tensor | None = None
 
     def advance(self, rows: int, position_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Notes new tokens, before the blocks append their keys and values to the caches.

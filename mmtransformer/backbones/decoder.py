@@ -72,7 +72,7 @@ class TextDecoder(Pretrained, Decoder):
         num_heads: attention heads.
         max_len: most tokens of a row, prompt included; the size of the table where positions are learned.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
-        cross_dim: width of the context's tokens; None = a language model without cross-attention.
+        context_dim: width of the context's tokens; None = a language model without cross-attention.
         cross_layer_interval: the last of every so many blocks reads the context.
         attention: heads, biases, window.
         mlp: activation and biases of the MLPs.
@@ -99,7 +99,7 @@ class TextDecoder(Pretrained, Decoder):
         *,
         max_len: int = 1024,
         mlp_dim: int | None = None,
-        cross_dim: int | None = None,
+        context_dim: int | None = None,
         cross_layer_interval: int = 1,
         attention: AttentionConfig = AttentionConfig(),
         mlp: MLPConfig = MLPConfig(),
@@ -112,7 +112,12 @@ class TextDecoder(Pretrained, Decoder):
     ) -> None:
         super().__init__()
         check_sizes(
-            vocab_size=vocab_size, dim=dim, num_heads=num_heads, max_len=max_len, mlp_dim=mlp_dim, cross_dim=cross_dim
+            vocab_size=vocab_size,
+            dim=dim,
+            num_heads=num_heads,
+            max_len=max_len,
+            mlp_dim=mlp_dim,
+            context_dim=context_dim,
         )
         check_sizes(0, depth=depth)
         check_configs(attention=(attention, AttentionConfig), mlp=(mlp, MLPConfig), norm=(norm, NormConfig),
@@ -125,7 +130,7 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: mlm_head must be false")
         if mlm_head and mlp.activation in ("swiglu", "geglu_tanh"):
             raise ValueError(f'mlm_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
-        self.cross_dim, self.cross_layer_interval = cross_dim, cross_layer_interval
+        self.context_dim, self.cross_layer_interval = context_dim, cross_layer_interval
         self.tied, self.logit_softcap, self.mlm_head, self.dropout = tied, logit_softcap, mlm_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
@@ -179,10 +184,10 @@ class TextDecoder(Pretrained, Decoder):
         return MLP(self.dim, self.mlp_dim, activation=kind, bias=self.mlp.bias)
 
     def _cross_attention(self, i: int) -> Attention | None:
-        if self.cross_dim is None or (i + 1) % self.cross_layer_interval:
+        if self.context_dim is None or (i + 1) % self.cross_layer_interval:
             return None
         # No dropout here: its mask is as large as the weights over a whole image; drop visual tokens instead.
-        return Attention(self.dim, self.num_heads, context_dim=self.cross_dim)
+        return Attention(self.dim, self.num_heads, context_dim=self.context_dim)
 
     def init_weights(self) -> None:
         """Everything ~ N(0, 0.02), biases 0; the last layer of each branch is smaller by sqrt(branches) (GPT-2)."""
@@ -233,7 +238,7 @@ class TextDecoder(Pretrained, Decoder):
         context: Context | None = None,
         *,
         attention_mask: Tensor | None = None,
-        context_attention_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
@@ -241,7 +246,7 @@ class TextDecoder(Pretrained, Decoder):
     ) -> Tensor:
         """Hidden states of tokens, to be given to `head`: as `Decoder.forward`, and with a context.
 
-        `context` is what cross-attention reads, its n rows dividing b; `context_attention_mask` (n k) bool, True = a
+        `context` is what cross-attention reads, its n rows dividing b; `context_mask` (n k) bool, True = a
         real token of it, None = all are. A state remembers the context of its first tokens, which later ones read.
 
         Returns:
@@ -260,7 +265,7 @@ class TextDecoder(Pretrained, Decoder):
             position_ids,
             context,
             attention_mask=attention_mask,
-            context_attention_mask=context_attention_mask,
+            context_mask=context_mask,
             mask=mask,
             state=state,
             before_block=before_block,
@@ -273,40 +278,40 @@ class TextDecoder(Pretrained, Decoder):
         context: Context | None = None,
         *,
         attention_mask: Tensor | None = None,
-        context_attention_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         mask: Mask | None = None,
-        both_ways: Tensor | None = None,
+        bidirectional: Tensor | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """As `forward`, from embeddings (b q d) with position ids (q) or (b q): for connectors with tokens in front.
 
-        `both_ways` (b q) bool are tokens that see each other in both directions, in place of a `mask`: images, a
+        `bidirectional` (b q) bool are tokens that see each other in both directions, in place of a `mask`: images, a
         prompt. None = there are none. Not with tokens in the state already.
         """
         if state is not None and state.context is not None and context is None:
-            context, context_attention_mask = state.context, state.context_attention_mask
-        if (context is None) != (self.cross_dim is None):
-            has = "has no" if self.cross_dim is None else "has"
+            context, context_mask = state.context, state.context_mask
+        if (context is None) != (self.context_dim is None):
+            has = "has no" if self.context_dim is None else "has"
             given = "no context was given" if context is None else "a context was given"
             raise ValueError(f"this decoder {has} cross-attention, but {given}")
         if isinstance(context, Tensor):
-            if context.ndim != 3 or context.shape[-1] != self.cross_dim:
-                raise ValueError(f"a context is (n k {self.cross_dim}), not {tuple(context.shape)}")
+            if context.ndim != 3 or context.shape[-1] != self.context_dim:
+                raise ValueError(f"a context is (n k {self.context_dim}), not {tuple(context.shape)}")
             context = self.project_context(context)
         if context is not None and len(context) != (count := self.depth // self.cross_layer_interval):
             raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")
-        contexts, context_mask = iter(context or ()), None
-        if context_attention_mask is not None:
-            each = x.shape[0] // context_attention_mask.shape[0]
-            context_mask = context_attention_mask.repeat_interleave(each, 0)[:, None]
+        contexts, seen = iter(context or ()), None
+        if context_mask is not None:
+            each = x.shape[0] // context_mask.shape[0]
+            seen = context_mask.repeat_interleave(each, 0)[:, None]
         if state is not None:
             if not state.length and context is not None:
-                state.context, state.context_attention_mask = list(context), context_attention_mask
+                state.context, state.context_mask = list(context), context_mask
             state.advance(x.shape[0], position_ids, attention_mask)
-        full = self.attention_mask(x, attention_mask, mask, state, None, both_ways)
+        full = self.attention_mask(x, attention_mask, mask, state, None, bidirectional)
         window, interval = self.attention.window, self.attention.full_interval
-        narrow = full if window is None else self.attention_mask(x, attention_mask, mask, state, window, both_ways)
+        narrow = full if window is None else self.attention_mask(x, attention_mask, mask, state, window, bidirectional)
         rope = None if self.rotary is None else self.rotary(position_ids)
         nope_interval = self.positions.nope_interval
         x = self.drop(x)
@@ -317,7 +322,7 @@ class TextDecoder(Pretrained, Decoder):
                 x,
                 None if block.cross_attn is None else next(contexts),
                 mask=full if interval and (i + 1) % interval == 0 else narrow,
-                context_mask=context_mask,
+                context_mask=seen,
                 rope=None if nope_interval and (i + 1) % nope_interval == 0 else rope,
                 cache=None if state is None else state.caches[i],
             )
@@ -330,7 +335,7 @@ class TextDecoder(Pretrained, Decoder):
         mask: Mask | None,
         state: DecoderState | None,
         window: int | None,
-        both_ways: Tensor | None = None,
+        bidirectional: Tensor | None = None,
     ) -> Mask | None:
         """Which keys the new tokens' queries may look at.
 
@@ -340,7 +345,7 @@ class TextDecoder(Pretrained, Decoder):
             mask: in place of the causal mask.
             state: all tokens so far, the new ones among them.
             window: how many tokens a token looks at, up to itself; None = all.
-            both_ways: (b q) bool, tokens that see each other in both directions, whatever the window.
+            bidirectional: (b q) bool, tokens that see each other in both directions, whatever the window.
 
         Returns:
             The mask given, or causal and without padding; within the window where there is one.
@@ -357,7 +362,7 @@ class TextDecoder(Pretrained, Decoder):
         narrow = window if window is not None and total > window else None
         if narrow is None and mask is not None:
             return mask
-        if narrow is None and attention_mask is None and both_ways is None:
+        if narrow is None and attention_mask is None and bidirectional is None:
             return "causal"
         if narrow is None and count == 1 and attention_mask is not None:
             return attention_mask[:, None, :]
@@ -366,8 +371,8 @@ class TextDecoder(Pretrained, Decoder):
             allowed.append(masks.window(narrow, past))
         if mask is None:
             allowed.append(masks.causal(past))
-        if both_ways is not None:
-            allowed = [masks.any_of(masks.all_of(*allowed), masks.both_ways(both_ways))]
+        if bidirectional is not None:
+            allowed = [masks.any_of(masks.all_of(*allowed), masks.bidirectional(bidirectional))]
         if mask is None and attention_mask is not None:
             allowed.append(masks.padding(attention_mask))
         found = masks.dense(masks.all_of(*allowed), rows, count, total, x.device)

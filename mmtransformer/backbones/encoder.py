@@ -58,7 +58,7 @@ class TextEncoder(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         max_len: most tokens of a row.
         num_types: token types (first and second sentence); 0 = none.
-        cross_dim: width of the tokens of a context that every block may read (BLIP, arXiv:2201.12086); None = none can.
+        context_dim: width of a context's tokens, which every block may read (BLIP, arXiv:2201.12086); None = none can.
         activation: of the MLPs and of the head for masked words.
         norm_eps: of the norms.
         pooler: whether there is a dense layer on the first token, for whole texts.
@@ -81,7 +81,7 @@ class TextEncoder(Pretrained, nn.Module):
         mlp_dim: int | None = None,
         max_len: int = 512,
         num_types: int = 2,
-        cross_dim: int | None = None,
+        context_dim: int | None = None,
         activation: Activation = "gelu",
         norm_eps: float = 1e-12,
         pooler: bool = True,
@@ -94,7 +94,7 @@ class TextEncoder(Pretrained, nn.Module):
             raise ValueError("nsp_head=True reads the pooled first token: it needs pooler=True")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
-        self.max_len, self.num_types, self.cross_dim = max_len, num_types, cross_dim
+        self.max_len, self.num_types, self.context_dim = max_len, num_types, context_dim
         self.activation, self.norm_eps, self.dropout = activation, norm_eps, dropout
         self.pooler, self.mlm_head, self.nsp_head = pooler, mlm_head, nsp_head
 
@@ -110,7 +110,7 @@ class TextEncoder(Pretrained, nn.Module):
                 Attention(dim, num_heads, dropout=dropout),
                 MLP(dim, mlp_dim, activation=activation),
                 norm,
-                cross_attn=None if cross_dim is None else Attention(dim, num_heads, context_dim=cross_dim),
+                cross_attn=None if context_dim is None else Attention(dim, num_heads, context_dim=context_dim),
                 pre_norm=False,
                 dropout=dropout,
             )
@@ -160,7 +160,7 @@ class TextEncoder(Pretrained, nn.Module):
         return self.norm(x + self.pos_embed(position_ids))
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
-        """Each block's keys and values of a context (n k cross_dim), for all the texts that read it."""
+        """Each block's keys and values of a context (n k context_dim), for all the texts that read it."""
         return [block.cross_attn.project_kv(context) for block in self.blocks]  # pyright: ignore
 
     def forward_embeds(
@@ -188,7 +188,7 @@ class TextEncoder(Pretrained, nn.Module):
         Args:
             tokens: (b q) long.
             types: (b q) long, 0 = first sentence, 1 = second; None = all 0.
-            context: (n k cross_dim), or each block's keys and values of it (`project_context`): what all tokens look
+            context: (n k context_dim), or each block's keys and values of it (`project_context`): what all tokens look
                 at; None = the text alone, also where there is cross-attention.
             attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
             document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
@@ -200,8 +200,8 @@ class TextEncoder(Pretrained, nn.Module):
         Raises:
             ValueError: as `embed`, or for a context that no block can read.
         """
-        if context is not None and self.cross_dim is None:
-            raise ValueError("a context was given, but this encoder has no cross-attention (cross_dim None)")
+        if context is not None and self.context_dim is None:
+            raise ValueError("a context was given, but this encoder has no cross-attention (context_dim None)")
         b, q = tokens.shape
         position_ids, mask = None, None
         if document_ids is not None:

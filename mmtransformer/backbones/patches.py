@@ -29,7 +29,7 @@ class ViTPatchConfig:
         positions: what the table of positions starts from: "learned" from noise (the paper), "sinusoidal" from waves
             (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step; "none" =
             there is no table (DINOv3, whose patches are turned, see `ViTRopeConfig`).
-        norm: a LayerNorm before the first block (CLIP).
+        pre_norm: a LayerNorm before the first block (CLIP).
         dropout: share of patches left out in training (arXiv:2212.00794).
         embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
         pos_embed: how the table of positions is resized to an image's grid.
@@ -42,7 +42,7 @@ class ViTPatchConfig:
     stem: Literal["patch", "conv"] = "patch"
     bias: bool = True
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
-    norm: bool = False
+    pre_norm: bool = False
     dropout: float = 0.0
     embed_norm: bool = False
     pos_embed: ViTPosEmbedConfig = ViTPosEmbedConfig()  # noqa: RUF009 (frozen)

@@ -179,7 +179,7 @@ class Transformer(Pretrained, nn.Module):
             num_heads,
             max_len=max_len,
             mlp_dim=mlp_dim,
-            cross_dim=dim,
+            context_dim=dim,
             mlp=MLPConfig(activation),
             norm=NormConfig(eps=norm_eps, pre=pre_norm),
             positions=PositionConfig("sinusoidal", embed_scale=dim**0.5),
@@ -258,11 +258,7 @@ class Transformer(Pretrained, nn.Module):
             (b q d).
         """
         return self.decoder(
-            tokens,
-            source.context,
-            attention_mask=attention_mask,
-            context_attention_mask=source.attention_mask,
-            state=state,
+            tokens, source.context, attention_mask=attention_mask, context_mask=source.attention_mask, state=state
         )
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ class ViT(Pretrained, nn.Module):
         self.pool, self.num_classes, self.patches, self.block = pool, num_classes, patches, block
         self.rope, self.output = rope, output
         self.num_prefix_tokens = int(class_token) + num_registers
-        self.grid = (height // patch_size, width // patch_size)
-        self.table_grid = patches.pos_embed.grid or self.grid
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.table_grid = patches.pos_embed.grid or self.grid_size
         self.grad_checkpointing = False
         self.transform: ImageTransform | None = None
 
@@ -125,7 +125,7 @@ class ViT(Pretrained, nn.Module):
         turns = rope.kind != "none"
         self.rotary = GridRotary(dim // num_heads, num_heads, depth, rope) if turns else None
         self.embed_norm = norm() if patches.embed_norm else nn.Identity()
-        self.first_norm = norm() if patches.norm else nn.Identity()
+        self.first_norm = norm() if patches.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             make_block(dim, num_heads, mlp_dim, block, block.drop_path * i / max(depth - 1, 1)) for i in range(depth)
         )
@@ -187,7 +187,7 @@ class ViT(Pretrained, nn.Module):
             return nn.Identity()
         return (DistilledHead if self.pool == "distilled" else Linear)(self.dim, num_classes)
 
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+    def dynamic_feat_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width px.
 
         Raises:
@@ -218,7 +218,7 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}")
         if not pixels.is_floating_point():
             raise ValueError(f"pixels are floats, as ImageTransform makes them, not whole numbers ({pixels.dtype})")
-        grid, prefix = self.grid_size(*pixels.shape[2:]), self.num_prefix_tokens
+        grid, prefix = self.dynamic_feat_size(*pixels.shape[2:]), self.num_prefix_tokens
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
         if self.pos_embed is not None:
@@ -310,7 +310,7 @@ class ViT(Pretrained, nn.Module):
         prefix = [y[:, : self.num_prefix_tokens] for y in found]
         found = [y[:, self.num_prefix_tokens :] for y in found]
         if output_fmt == "NCHW":
-            found = [y.mT.unflatten(2, self.grid_size(*x.shape[2:])).contiguous() for y in found]
+            found = [y.mT.unflatten(2, self.dynamic_feat_size(*x.shape[2:])).contiguous() for y in found]
         given = list(zip(found, prefix, strict=True)) if return_prefix_tokens and self.num_prefix_tokens else found
         return given if intermediates_only else (self.normed(final), given)
 
@@ -359,12 +359,12 @@ class ViT(Pretrained, nn.Module):
         A table with a grid of its own (`ViTPosEmbedConfig`) stays as it is.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        grid = self.grid_size(height, width)
+        grid = self.dynamic_feat_size(height, width)
         if self.pos_embed is not None and self.patches.pos_embed.grid is None:
             table = resize_positions(self.pos_embed.data, self.table_grid, grid, self.patches.pos_embed)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
             self.table_grid = grid
-        self.image_size, self.grid = (height, width), grid
+        self.image_size, self.grid_size = (height, width), grid
         if self.transform is not None:
             self.transform = replace(self.transform, image_size=height if height == width else (height, width))
 

@@ -125,7 +125,7 @@ class CaptionBatch(Batch):
 
 
 @dataclass(frozen=True)
-class Output:
+class ModelOutput:
     """What a captioner's `forward` gives.
 
     Attributes:
@@ -193,7 +193,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         """Most text tokens of a row, prompt included."""
         return self.decoder.max_len
 
-    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> Output:
+    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> ModelOutput:
         """The loss of the captions, each token given the images and the tokens before it.
 
         Args:
@@ -213,7 +213,7 @@ class Captioner(Pretrained, nn.Module, ABC):
             hidden = logits = head(hidden)
             head = nn.Identity()
         sums = next_token_loss(hidden, batch.tokens, batch.loss_mask, head, label_smoothing=label_smoothing)
-        return Output(sums, logits)
+        return ModelOutput(sums, logits)
 
     @abstractmethod
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
@@ -304,8 +304,8 @@ class Captioner(Pretrained, nn.Module, ABC):
     def grid(self, batch: CaptionBatch) -> tuple[int, int]:
         """Rows and columns of an image's patches, of those with sizes of their own what maps are drawn on."""
         if batch.pixels is None or batch.patch_grids is not None:
-            return self.vision.grid
-        return self.vision.grid_size(*batch.pixels.shape[3:])
+            return self.vision.grid_size
+        return self.vision.dynamic_feat_size(*batch.pixels.shape[3:])
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but frozen parts: no dropout, no stochastic depth where nothing learns."""

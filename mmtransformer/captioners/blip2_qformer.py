@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
+from mmtransformer.captioners.base import CaptionBatch, Captioner, ModelOutput, check_rows
 from mmtransformer.connectors.qformer import QFormer, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
@@ -30,7 +30,7 @@ from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
 from mmtransformer.losses.next_token import SumAndCount
 
 TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
-"""The terms of stage 1's `Output`: the three losses, and the share of matching's pairs that were told right."""
+"""The terms of stage 1's `ModelOutput`: the three losses, and the share of matching's pairs that were told right."""
 
 
 class Blip2QFormer(Captioner):
@@ -146,7 +146,7 @@ class Blip2QFormer(Captioner):
         match_texts: int | None = None,
         gather_grad: bool = True,
         seed: int = 0,
-    ) -> Output:
+    ) -> ModelOutput:
         """The sum of the three losses of a batch, as BLIP-2 weighs them; each is a mean over the global batch.
 
         The images are projected once for all passes, and the query pass is shared by contrast and generation. Images
@@ -199,7 +199,7 @@ class Blip2QFormer(Captioner):
         total = itc + itm + itg
         terms = dict(zip(TERMS, (itc.detach(), itm.detach(), itg.detach(), right), strict=True))
         one = torch.ones((), dtype=torch.long, device=total.device)
-        return Output(SumAndCount(total, one), self.head(hidden) if return_logits else None, terms)
+        return ModelOutput(SumAndCount(total, one), self.head(hidden) if return_logits else None, terms)
 
     def _matches(
         self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs

@@ -17,7 +17,7 @@ from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, Output, check_rows
+from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, ModelOutput, check_rows
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
@@ -46,7 +46,7 @@ class CoCa(Captioner):
         vision: the vision encoder.
         text: the lower half of the text decoder, without cross-attention; a learned token at the end of a text, which
             no other token sees, gathers it for the contrast.
-        decoder: the upper half, which reads the pooled image; its `cross_dim` is the vision encoder's dim, and its
+        decoder: the upper half, which reads the pooled image; its `context_dim` is the vision encoder's dim, and its
             positions come from below: "rotary" or "sinusoidal", never a table of its own.
         num_queries: what an image is pooled to for captioning; one more query pools those for the contrast.
         num_heads: heads of the poolings.
@@ -76,14 +76,14 @@ class CoCa(Captioner):
         freeze_vision: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if text.dim != decoder.dim or text.cross_dim is not None or not text.tied:
+        if text.dim != decoder.dim or text.context_dim is not None or not text.tied:
             raise ValueError(
-                f"the lower half must be as wide as the upper ({decoder.dim}), without cross_dim and tied; it has dim "
-                f"{text.dim}, cross_dim {text.cross_dim}, tied {text.tied}"
+                f"the lower half must be as wide as the upper ({decoder.dim}), without context_dim and tied; it has "
+                f"dim {text.dim}, context_dim {text.context_dim}, tied {text.tied}"
             )
-        if decoder.cross_dim != vision.dim:
+        if decoder.context_dim != vision.dim:
             raise ValueError(
-                f"the decoder's cross_dim ({decoder.cross_dim}) must be the vision encoder's dim ({vision.dim})"
+                f"the decoder's context_dim ({decoder.context_dim}) must be the vision encoder's dim ({vision.dim})"
             )
         if decoder.positions.kind == "learned":
             raise ValueError(
@@ -107,7 +107,7 @@ class CoCa(Captioner):
         """Most text tokens of a row, prompt included; one position is the gathering token's."""
         return min(self.text.max_len - 1, self.decoder.max_len)
 
-    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> Output:
+    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> ModelOutput:
         """The captions' loss and the contrast, from one pass over images and texts (section 3.2).
 
         The contrast, a mean over the batch, is multiplied by the number of predicted tokens, so that it stays a mean.
@@ -136,7 +136,7 @@ class CoCa(Captioner):
         total = self.caption_weight * captions.sum
         total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)
         terms = {"caption": captions.sum.detach() / captions.count.clamp(min=1), "contrast": contrast.detach()}
-        return Output(SumAndCount(total, captions.count), self.head(hidden) if return_logits else None, terms)
+        return ModelOutput(SumAndCount(total, captions.count), self.head(hidden) if return_logits else None, terms)
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""

@@ -118,7 +118,7 @@ class Flamingo(Captioner):
         cross_layers: numbers of the blocks that have one before them, in the place of `cross_layer_interval`.
         gated: what the gated blocks are.
         visible_images: which images a token sees; see `image_attention_mask`.
-        patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
+        keep_prefix_tokens: whether class and register tokens are read too; OpenFlamingo reads patches alone.
         freeze_vision: see `Captioner`.
         freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
 
@@ -138,7 +138,7 @@ class Flamingo(Captioner):
         cross_layers: Sequence[int] | None = None,
         gated: GatedBlockConfig = GatedBlockConfig(),
         visible_images: VisibleImages = "last",
-        patches_only: bool = False,
+        keep_prefix_tokens: bool = True,
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
     ) -> None:
@@ -147,7 +147,7 @@ class Flamingo(Captioner):
             raise ValueError(
                 f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
             )
-        if getattr(decoder, "cross_dim", None) is not None:
+        if getattr(decoder, "context_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
         layers = range(cross_layer_interval - 1, decoder.depth, max(cross_layer_interval, 1))
         layers = list(layers if cross_layers is None else cross_layers)
@@ -159,7 +159,7 @@ class Flamingo(Captioner):
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.connector, self.freeze_decoder = connector, freeze_decoder
         self.cross_layer_interval, self.cross_layers = cross_layer_interval, layers
-        self.gated, self.patches_only = gated, patches_only
+        self.gated, self.keep_prefix_tokens = gated, keep_prefix_tokens
         self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.gated_blocks = nn.ModuleList(
             gated.build(decoder.dim, vision.dim if connector is None else connector.dim) for _ in layers
@@ -211,7 +211,7 @@ class Flamingo(Captioner):
 
     @property
     def _skipped(self) -> int:
-        return self.vision.num_prefix_tokens if self.patches_only else 0
+        return 0 if self.keep_prefix_tokens else self.vision.num_prefix_tokens
 
     def _resample(self, batch: CaptionBatch) -> Tensor:
         visual_tokens = self.visual_tokens(batch)

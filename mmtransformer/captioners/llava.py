@@ -33,9 +33,9 @@ class Llava(Captioner):
         connector: brings its tokens to the width of the decoder's embeddings.
         decoder: a causal language model, ours or any of transformers'.
         image_token_id: the id that placeholders have.
-        layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and before
-            the last norm: LLaVA-1.5 reads the last but one. None = the tokens after the last norm (Idefics3).
-        keep_class: whether class and register tokens are read too.
+        vision_feature_layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and before the last norm: LLaVA-1.5 reads the last but one. None = the tokens after the last norm
+            (Idefics3).
+        keep_prefix_tokens: whether class and register tokens are read too.
         tiles: how pictures are cut into tiles, which `TiledBatch` names; by default each image stands for itself.
         freeze_vision: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
@@ -51,14 +51,14 @@ class Llava(Captioner):
         decoder: Decoder,
         image_token_id: int,
         *,
-        layers: tuple[int, ...] | None = (-2,),
-        keep_class: bool = False,
+        vision_feature_layers: tuple[int, ...] | None = (-2,),
+        keep_prefix_tokens: bool = False,
         tiles: TileConfig = TileConfig(),
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        layers = None if layers is None else tuple(layers)
+        layers = None if vision_feature_layers is None else tuple(vision_feature_layers)
         width, read = decoder.embedding_weights[0].shape[1], vision.dim * len(layers or (-1,))
         if (connector.visual_dim, connector.dim) != (read, width):
             raise ValueError(
@@ -67,16 +67,18 @@ class Llava(Captioner):
             )
         if any(not -vision.depth <= layer < vision.depth for layer in layers or ()):
             raise ValueError(f"tokens behind blocks {layers} are to be read, but there are {vision.depth}")
-        if any(side % connector.pixel_shuffle for side in vision.grid):
-            s, (gh, gw) = connector.pixel_shuffle, vision.grid
+        if any(side % connector.pixel_shuffle for side in vision.grid_size):
+            s, (gh, gw) = connector.pixel_shuffle, vision.grid_size
             raise ValueError(f"squares of {s} x {s} patches do not tile a grid of {gh} x {gw}")
         if not 0 <= image_token_id < decoder.vocab_size:
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
-        if keep_class and (connector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
-            raise ValueError("class and register tokens have no place in squares of patches or in tiles: no keep_class")
+        if keep_prefix_tokens and (connector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
+            raise ValueError(
+                "squares of patches and tiles have no place for class and register tokens: no keep_prefix_tokens"
+            )
         self.connector, self.decoder = connector, freeze(decoder) if freeze_decoder else decoder
-        self.image_token_id, self.layers, self.keep_class, self.tiles = image_token_id, layers, keep_class, tiles
-        self.freeze_decoder = freeze_decoder
+        self.image_token_id, self.tiles, self.freeze_decoder = image_token_id, tiles, freeze_decoder
+        self.vision_feature_layers, self.keep_prefix_tokens = layers, keep_prefix_tokens
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if tiles.pinpoints else None
         if tiles.pinpoints:
             self.unread = tuple(name for name in self.unread if name != "image_sizes")
@@ -87,11 +89,11 @@ class Llava(Captioner):
 
     def _features(self, pixels: Tensor) -> Tensor:
         """What is read of the vision encoder's tokens: (n c height width) -> (n p d)."""
-        if self.layers is None:
+        if self.vision_feature_layers is None:
             x = super()._features(pixels)
         else:
-            x = torch.cat(self.vision.tokens_after(pixels, list(self.layers)), dim=-1)
-        return x if self.keep_class else x[:, self.vision.num_prefix_tokens :]
+            x = torch.cat(self.vision.tokens_after(pixels, list(self.vision_feature_layers)), dim=-1)
+        return x if self.keep_prefix_tokens else x[:, self.vision.num_prefix_tokens :]
 
     def image_embeds(self, batch: CaptionBatch) -> list[Tensor]:
         """What takes the place of each sample's placeholders, in their order: b of (k e).

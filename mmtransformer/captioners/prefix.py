@@ -46,7 +46,7 @@ class PrefixCaptioner(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        gh, gw = vision.grid
+        gh, gw = vision.grid_size
         if pixel_shuffle < 1 or gh % pixel_shuffle or gw % pixel_shuffle:
             raise ValueError(f"squares of {pixel_shuffle} x {pixel_shuffle} patches do not tile a grid of {gh} x {gw}")
         self.num_tokens = gh * gw // pixel_shuffle**2

@@ -92,18 +92,20 @@ def read_behind_images(
         attention_mask = torch.cat((real, text_mask), dim=1)
     positions = decoder.position_ids(batch.tokens, text_mask)
     text = decoder.embed(batch.tokens, positions)
-    x, both_ways = torch.cat((images.to(text.dtype), text), dim=1), F.pad(inside, (count, 0), value=True)
+    x, bidirectional = torch.cat((images.to(text.dtype), text), dim=1), F.pad(inside, (count, 0), value=True)
     if attention_mask is not None and state is not None:
         # Padding goes to the front: a window counts places, and the images are as near to each prompt.
         order = attention_mask.long().argsort(dim=1, stable=True)
         x = x.take_along_dim(order[..., None], 1)
-        attention_mask, both_ways = attention_mask.gather(1, order), both_ways.gather(1, order)
+        attention_mask, bidirectional = attention_mask.gather(1, order), bidirectional.gather(1, order)
         positions = F.pad(positions, (count, 0), value=-1).gather(1, order)
     else:
         positions = F.pad(positions, (count, 0), value=-1)  # The text's next position does not count images.
     if image_positions:
         positions = decoder.position_ids(x, attention_mask)
-    hidden = decoder.forward_embeds(x, positions, attention_mask=attention_mask, both_ways=both_ways, state=state)
+    hidden = decoder.forward_embeds(
+        x, positions, attention_mask=attention_mask, bidirectional=bidirectional, state=state
+    )
     return hidden[:, count:]
 
 

@@ -23,7 +23,7 @@ class VisionEncoderDecoder(Captioner):
 
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
-        decoder: a text decoder whose `cross_dim` is the width of the visual tokens, or of the connector's.
+        decoder: a text decoder whose `context_dim` is the width of the visual tokens, or of the connector's.
         connector: what stands between the two, as a `TransformerConnector`; None = the encoder's tokens as they are.
         freeze_vision: see `Captioner`.
         freeze_decoder: the same for all of the decoder but its cross-attention (as SmallCap, arXiv:2209.15323).
@@ -45,9 +45,9 @@ class VisionEncoderDecoder(Captioner):
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
         given = vision.dim if connector is None else connector.dim
-        if decoder.cross_dim != given:
+        if decoder.context_dim != given:
             source = "vision encoder's" if connector is None else "connector's"
-            raise ValueError(f"the decoder's cross_dim ({decoder.cross_dim}) must be the {source} dim ({given})")
+            raise ValueError(f"the decoder's context_dim ({decoder.context_dim}) must be the {source} dim ({given})")
         if connector is not None and connector.visual_dim != vision.dim:
             raise ValueError(
                 f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
@@ -59,7 +59,7 @@ class VisionEncoderDecoder(Captioner):
                 parameter.requires_grad_(_crosses(name))
 
     def context(self, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
-        """What cross-attention reads, all images' tokens of a sample in a row (b (i p) cross_dim); and which of them
+        """What cross-attention reads, all images' tokens of a sample in a row (b (i p) context_dim); and which of them
         are of real images, (b (i p)) bool, None = all.
         """
         x = self.visual_tokens(batch).to(self.decoder.tok_embed.weight.dtype)
@@ -74,7 +74,7 @@ class VisionEncoderDecoder(Captioner):
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
         context, real = self.context(batch)
-        return self.decoder(batch.tokens, context, context_attention_mask=real)
+        return self.decoder(batch.tokens, context, context_mask=real)
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
@@ -83,9 +83,7 @@ class VisionEncoderDecoder(Captioner):
         context, real = self.context(batch)
         state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        hidden = self.decoder(
-            batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state
-        )
+        hidden = self.decoder(batch.tokens, context, attention_mask=attention_mask, context_mask=real, state=state)
         return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
 
     @torch.no_grad()
@@ -97,21 +95,21 @@ class VisionEncoderDecoder(Captioner):
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
-def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_layer_interval: int = 1) -> TextDecoder:
+def add_cross_attention(decoder: TextDecoder, context_dim: int, cross_layer_interval: int = 1) -> TextDecoder:
     """A language model's copy that also reads a context; at first it says what the model says.
 
     Args:
         decoder: a decoder without cross-attention.
-        cross_dim: width of the context's tokens.
+        context_dim: width of the context's tokens.
         cross_layer_interval: the last of every so many blocks reads the context.
 
     Raises:
         ValueError: if it has cross-attention already.
     """
-    if decoder.cross_dim is not None:
-        raise ValueError(f"the decoder has cross-attention already, to tokens of width {decoder.cross_dim}")
+    if decoder.context_dim is not None:
+        raise ValueError(f"the decoder has cross-attention already, to tokens of width {decoder.context_dim}")
     config = to_config(decoder)
-    config["args"] |= {"cross_dim": cross_dim, "cross_layer_interval": cross_layer_interval}
+    config["args"] |= {"context_dim": context_dim, "cross_layer_interval": cross_layer_interval}
     new = from_config(config)
     assert isinstance(new, TextDecoder)
     own = {name: x for name, x in new.state_dict().items() if _crosses(name)}

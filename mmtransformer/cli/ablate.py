@@ -67,7 +67,7 @@ def train(connector: str, words: list[str], folder: Path, parameters: int | None
     decoder = getattr(module.captioner, "decoder", None) if isinstance(module, Captioning) else None
     if not isinstance(module, Captioning) or not isinstance(decoder, Decoder):
         raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
-    if getattr(decoder, "cross_dim", None) is not None:
+    if getattr(decoder, "context_dim", None) is not None:
         raise ValueError(
             "the recipe's language model has a connector within it, cross-attention: ablate needs one that reads text "
             "alone, as that of flamingo_scenes does"

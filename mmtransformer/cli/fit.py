@@ -44,7 +44,7 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --compile=true                       compiled blocks
   --max_scenes N                       at most N pictures per split of drawn data, for a trial
   --model.optim.lr X                   peak learning rate
-  --model.optim.ema X                  moving average of the weights (0.999)
+  --model.optim.ema_decay X            moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
   --model.captioner.vision.source X    a public vision encoder: a folder, or a name of timm's (docs/towers.md);
@@ -320,7 +320,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     say(f"run folder: {folder}; {size}; {device_name(device)}")
     said = [f"the gradient is clipped at {clip:g}"] if (clip := trainer.gradient_clip_val) else []
-    if isinstance(module, Task) and (decay := module.optim.ema):
+    if isinstance(module, Task) and (decay := module.optim.ema_decay):
         said.append(f"a moving average of the weights ({decay:g}) is validated, and kept")
     if (world := trainer.world_size) > 1:
         how = "share the weights" if isinstance(trainer.strategy, Sharded) else "have the weights whole"

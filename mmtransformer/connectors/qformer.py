@@ -53,7 +53,7 @@ class QFormer(Pretrained, nn.Module):
         vocab_size: number of token ids of the text stream; None = queries alone.
         max_len: most text tokens of a row.
         dropout: share of embeddings, attention weights and branch results dropped in training.
-        eps: of the norms; BERT's 1e-12.
+        norm_eps: of the norms; BERT's 1e-12.
 
     Raises:
         ValueError: if the numbers make no sense.
@@ -72,7 +72,7 @@ class QFormer(Pretrained, nn.Module):
         vocab_size: int | None = None,
         max_len: int = 512,
         dropout: float = 0.1,
-        eps: float = 1e-12,
+        norm_eps: float = 1e-12,
     ) -> None:
         super().__init__()
         if num_queries < 1 or depth < 1 or cross_attention_frequency < 1:
@@ -84,13 +84,13 @@ class QFormer(Pretrained, nn.Module):
         self.num_queries, self.dim, self.depth, self.num_heads = num_queries, dim, depth, num_heads
         self.visual_dim, self.cross_attention_frequency = visual_dim, cross_attention_frequency
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
-        self.vocab_size, self.max_len, self.dropout, self.eps = vocab_size, max_len, dropout, eps
+        self.vocab_size, self.max_len, self.dropout, self.norm_eps = vocab_size, max_len, dropout, norm_eps
 
         text = vocab_size is not None
         self.query_tokens = nn.Parameter(torch.zeros(1, num_queries, dim))
         self.tok_embed = nn.Embedding(vocab_size, dim) if vocab_size is not None else None
         self.pos_embed = nn.Embedding(max_len, dim) if text else None
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             QFormerBlock(
@@ -100,7 +100,7 @@ class QFormer(Pretrained, nn.Module):
                 visual_dim=visual_dim if i % cross_attention_frequency == 0 else None,
                 text=text,
                 dropout=dropout,
-                eps=eps,
+                norm_eps=norm_eps,
             )
             for i in range(depth)
         )

@@ -61,25 +61,33 @@ class QFormerBlock(nn.Module):
         visual_dim: width of the visual tokens; None = a block without cross-attention.
         text: whether there is an MLP for text.
         dropout: share of attention weights and branch results dropped in training.
-        eps: of the norms.
+        norm_eps: of the norms.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_dim: int, *, visual_dim: int | None, text: bool, dropout: float, eps: float
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        visual_dim: int | None,
+        text: bool,
+        dropout: float,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         self.attn = Attention(dim, num_heads, dropout=dropout)
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.cross_attn = None
         if visual_dim is not None:
             self.cross_attn = Attention(dim, num_heads, context_dim=visual_dim, dropout=dropout)
-            self.norm_cross = nn.LayerNorm(dim, eps=eps)
+            self.norm_cross = nn.LayerNorm(dim, eps=norm_eps)
         self.query_mlp = MLP(dim, mlp_dim)
-        self.query_norm = nn.LayerNorm(dim, eps=eps)
+        self.query_norm = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = None
         if text:
             self.mlp = MLP(dim, mlp_dim)
-            self.norm2 = nn.LayerNorm(dim, eps=eps)
+            self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.drop = nn.Dropout(dropout)
 
     def attend(self, x: Tensor, kv: KeyValue, mask: Mask | None) -> Tensor:

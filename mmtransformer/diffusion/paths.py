@@ -22,7 +22,7 @@ LEAST_TIME = 0.05
 
 @known_fields
 @dataclass(frozen=True)
-class Diffusion:
+class DiffusionConfig:
     """A path, a prediction, and the times that are trained on.
 
     Args:
@@ -31,9 +31,9 @@ class Diffusion:
         prediction_type: what the network says: the clean "image" (for plain Transformers on large patches of pixels, as
             arXiv:2511.13720 argues: images lie on a small manifold, noise and velocity do not), the "velocity"
             dx/dt, or the "noise" (DDPM, arXiv:2006.11239).
-        time_mean: times are sigmoid(N(time_mean, time_std)) (logit-normal, arXiv:2403.03206, section 3.1); above 0
+        logit_mean: times are sigmoid(N(logit_mean, logit_std)) (logit-normal, arXiv:2403.03206, section 3.1); above 0
             there is more noise than image. arXiv:2511.13720 uses 0.8.
-        time_std: see `time_mean`; 0 = uniform times.
+        logit_std: see `logit_mean`; 0 = uniform times.
 
     Raises:
         ValueError: for an unknown path or prediction_type, or a negative spread.
@@ -41,22 +41,24 @@ class Diffusion:
 
     path: Path = "linear"
     prediction_type: PredictionType = "image"
-    time_mean: float = 0.8
-    time_std: float = 0.8
+    logit_mean: float = 0.8
+    logit_std: float = 0.8
 
     def __post_init__(self) -> None:
         if self.path not in ("linear", "cosine"):
             raise ValueError(f'path must be "linear" or "cosine", not "{self.path}"')
         if self.prediction_type not in ("image", "velocity", "noise"):
             raise ValueError(f'prediction_type must be "image", "velocity" or "noise", not "{self.prediction_type}"')
-        if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
-            raise ValueError(f"time_mean ({self.time_mean}) and time_std ({self.time_std}, not below 0) are numbers")
+        if not (self.logit_std >= 0 and math.isfinite(self.logit_std) and math.isfinite(self.logit_mean)):
+            raise ValueError(
+                f"logit_mean ({self.logit_mean}) and logit_std ({self.logit_std}, not below 0) are numbers"
+            )
 
     def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Times to train on, drawn on the CPU: (count) in (0, 1)."""
-        if not self.time_std:
+        if not self.logit_std:
             return torch.rand(count, generator=generator)
-        return torch.sigmoid(self.time_mean + self.time_std * torch.randn(count, generator=generator))
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.randn(count, generator=generator))
 
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """How much image and how much noise there is: alpha and sigma, as `times`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.diffusion.guidance import Predict
-from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.diffusion.paths import DiffusionConfig
 
 Solver = Literal["euler", "heun", "dpm"]
 
@@ -27,7 +27,7 @@ def step_times(steps: int, start: float = 1.0, *, shift: float = 1.0) -> list[fl
 
 
 def walk(
-    predict: Predict, noise: Tensor, diffusion: Diffusion, times: list[float], solver: Solver = "heun"
+    predict: Predict, noise: Tensor, diffusion: DiffusionConfig, times: list[float], solver: Solver = "heun"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images with less and less noise.
 
@@ -58,22 +58,22 @@ def _at(x: Tensor, time: float) -> Tensor:
     return torch.full((x.shape[0],), time, device=x.device, dtype=torch.float32)
 
 
-def _look(predict: Predict, x: Tensor, diffusion: Diffusion, time: float) -> tuple[Tensor, Tensor]:
+def _look(predict: Predict, x: Tensor, diffusion: DiffusionConfig, time: float) -> tuple[Tensor, Tensor]:
     """Velocity and clean image."""
     t = _at(x, time)
     predicted = predict(x, t).to(x.dtype)
     return diffusion.velocity_of(predicted, x, t), diffusion.image_of(predicted, x, t)
 
 
-Step = Callable[[Predict, Tensor, Diffusion, float, float], tuple[Tensor, Tensor]]
+Step = Callable[[Predict, Tensor, DiffusionConfig, float, float], tuple[Tensor, Tensor]]
 
 
-def _euler(predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float) -> tuple[Tensor, Tensor]:
+def _euler(predict: Predict, x: Tensor, diffusion: DiffusionConfig, now: float, then: float) -> tuple[Tensor, Tensor]:
     velocity, image = _look(predict, x, diffusion, now)
     return (x + (then - now) * velocity if then else image), image
 
 
-def _heun(predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float) -> tuple[Tensor, Tensor]:
+def _heun(predict: Predict, x: Tensor, diffusion: DiffusionConfig, now: float, then: float) -> tuple[Tensor, Tensor]:
     velocity, image = _look(predict, x, diffusion, now)
     if not then:
         return image, image
@@ -84,11 +84,11 @@ def _heun(predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: f
 class _Dpm:
     """DPM-Solver++(2M): a line through the last two clean images, in half the logarithm of signal over noise."""
 
-    def __init__(self, diffusion: Diffusion) -> None:
+    def __init__(self, diffusion: DiffusionConfig) -> None:
         self.last: tuple[float, Tensor] | None = None  # the step before: its length, its image
 
     def __call__(
-        self, predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float
+        self, predict: Predict, x: Tensor, diffusion: DiffusionConfig, now: float, then: float
     ) -> tuple[Tensor, Tensor]:
         _, image = _look(predict, x, diffusion, now)
         if not then:

@@ -10,7 +10,7 @@ from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, 
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
-from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.pretrained import Pretrained
@@ -25,8 +25,8 @@ class TextToImageModel(Pretrained, nn.Module):
             `context_dim`.
         transformer: takes the noise away.
         diffusion: the path from images to noise, what is predicted on it, and the times that are trained on.
-        text_dropout: share of texts that are hidden in training (no token may be looked at), so that the model also
-            knows images without a text (classifier-free guidance, arXiv:2207.12598, which takes 0.1 to 0.2).
+        text_dropout_prob: share of texts that are hidden in training (no token may be looked at), so that the model
+            also knows images without a text (classifier-free guidance, arXiv:2207.12598, which takes 0.1 to 0.2).
         freeze_text: leave the text encoder as it is.
         autoencoder: makes images small before noise comes to them, and is frozen; None = noise on pixels.
 
@@ -39,8 +39,8 @@ class TextToImageModel(Pretrained, nn.Module):
         text: TextEncoder | TextTower,
         transformer: DiffusionTransformer,
         *,
-        diffusion: Diffusion = Diffusion(),  # noqa: B008 (frozen)
-        text_dropout: float = 0.1,
+        diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008 (frozen)
+        text_dropout_prob: float = 0.1,
         freeze_text: bool = False,
         autoencoder: HubAutoencoder | None = None,
     ) -> None:
@@ -60,11 +60,11 @@ class TextToImageModel(Pretrained, nn.Module):
                 f"the transformer gives {transformer.out_channels} channels for {transformer.in_channels}: a predicted "
                 "variance is not trained here"
             )
-        if not 0 <= text_dropout < 1:
-            raise ValueError(f"text_dropout ({text_dropout}) must be at least 0 and below 1")
+        if not 0 <= text_dropout_prob < 1:
+            raise ValueError(f"text_dropout_prob ({text_dropout_prob}) must be at least 0 and below 1")
         self.text = freeze(text) if freeze_text else text
         self.transformer, self.diffusion = transformer, diffusion
-        self.text_dropout, self.freeze_text = text_dropout, freeze_text
+        self.text_dropout_prob, self.freeze_text = text_dropout_prob, freeze_text
         self.autoencoder = autoencoder
 
     @property
@@ -125,8 +125,8 @@ class TextToImageModel(Pretrained, nn.Module):
         times = self.diffusion.times(n, generator).to(device)
         noise = torch.randn(images.shape, generator=generator).to(images)
         seen = batch.attention_mask
-        if self.training and self.text_dropout:
-            hidden = torch.rand(n, generator=generator) < self.text_dropout
+        if self.training and self.text_dropout_prob:
+            hidden = torch.rand(n, generator=generator) < self.text_dropout_prob
             seen = seen & ~hidden.to(device)[:, None]
         context = self.encode_prompt(batch.tokens, batch.attention_mask)
         x = self.diffusion.noised(images, noise, times)

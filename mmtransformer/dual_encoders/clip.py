@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.towers.padded import picture_features
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_frozen
+from mmtransformer.captioners.base import CaptionBatch, ModelOutput, freeze, is_frozen
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
@@ -167,7 +167,7 @@ class CLIP(Pretrained, nn.Module):
         scale = self.logit_scale.exp()
         return scale.clamp(max=MAX_LOGIT_SCALE) if self.loss == "softmax" else scale
 
-    def forward(self, batch: CaptionBatch, *, gather_grad: bool = True) -> Output:
+    def forward(self, batch: CaptionBatch, *, gather_grad: bool = True) -> ModelOutput:
         """The loss of a batch, a mean over the global batch of all processes.
 
         Of what stands before a caption only the token that opens a text is read: who searches does not say which
@@ -187,7 +187,7 @@ class CLIP(Pretrained, nn.Module):
         vectors = self.image_features(batch), self.text_features(batch)
         return self.compare(batch, *vectors, gather_grad=gather_grad)
 
-    def compare(self, batch: CaptionBatch, images: Tensor, texts: Tensor, *, gather_grad: bool = True) -> Output:
+    def compare(self, batch: CaptionBatch, images: Tensor, texts: Tensor, *, gather_grad: bool = True) -> ModelOutput:
         """As `forward`, from the batch's vectors: images (b e) and texts (n e)."""
         similarity = compare(
             images,
@@ -200,7 +200,7 @@ class CLIP(Pretrained, nn.Module):
         right_texts, right_images = similarity.right()
         one = torch.ones((), dtype=torch.long, device=loss.device)
         terms = {"contrast": loss.detach(), "image_accuracy": right_texts, "text_accuracy": right_images}
-        return Output(SumAndCount(loss, one), None, terms)
+        return ModelOutput(SumAndCount(loss, one), None, terms)
 
     def loss_of(self, similarity: Similarity) -> Tensor:
         """The loss of similarities, a scalar."""

@@ -66,7 +66,7 @@ def blank_images(captioner: Captioner, batch: CaptionBatch, size: tuple[int, int
     if batch.pixels is not None:
         return replace(batch, pixels=torch.zeros_like(batch.pixels))
     tokens = batch.visual
-    height, width = size or (side * captioner.vision.patch_size for side in captioner.vision.grid)
+    height, width = size or (side * captioner.vision.patch_size for side in captioner.vision.grid_size)
     dtype = next(captioner.vision.parameters()).dtype
     pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device, dtype=dtype)
     return replace(batch, visual_tokens=captioner.forward_features(pixels).to(tokens.dtype).expand_as(tokens))

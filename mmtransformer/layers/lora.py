@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def add_lora(
     model: Module,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
     *,
     rank: int = 8,
     alpha: float = 16.0,
@@ -24,7 +24,7 @@ def add_lora(
 
     Args:
         model: A language model or a vision encoder.
-        targets: Ends of the names of the layers; queries and values, as in the paper (section 7.1), unless told.
+        target_modules: Ends of the names of the layers; queries and values, as in the paper (section 7.1), unless told.
         rank: Width of the products.
         alpha: The products are scaled by alpha / rank.
         dropout: Share of the products' input dropped in training.
@@ -40,19 +40,19 @@ def add_lora(
     except ImportError as error:
         raise ValueError("add_lora needs peft: pip install peft") from error
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-    for target in targets:
+    for target in target_modules:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):
             raise ValueError(f'no linear layer is called "{target}"; there are {", ".join(linear)}')
     shared = [p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False)]
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not name.endswith(tuple(targets)):
+        if not isinstance(module, nn.Linear) or not name.endswith(tuple(target_modules)):
             continue
         if shared.count(module.weight.data_ptr()) > 1 and not module.weight.is_meta:
             raise ValueError(
                 f"{name} shares its weight with another layer (a head tied to the embedding?), which would receive the "
-                "product too: choose other targets, or a model that is not tied"
+                "product too: choose other target_modules, or a model that is not tied"
             )
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))  # pyright: ignore[reportArgumentType]  # A float is fine.
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))  # pyright: ignore[reportArgumentType]  # A float is fine.
     inject_adapter_in_model(config, model)
     return model
 

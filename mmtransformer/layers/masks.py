@@ -52,7 +52,7 @@ def prefix(lengths: Tensor, offset: int = 0) -> Predicate:
     return lambda b, q, k: (k < lengths[b]) | (q + offset >= k)
 
 
-def both_ways(inside: Tensor) -> Predicate:
+def bidirectional(inside: Tensor) -> Predicate:
     """The tokens of a block see each other both ways (an image, a prompt); `inside` is (b k) bool: who is in it."""
     return lambda b, q, k: inside[b, q] & inside[b, k]
 

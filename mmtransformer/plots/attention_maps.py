@@ -149,7 +149,7 @@ def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
     with evaluation_mode(vit), record_attention(vit, keep=lambda name: name.startswith("blocks.")) as record:
         vit.forward_features(pixels)
     layers, first = list(record.values()), vit.num_prefix_tokens
-    grid = vit.grid_size(*pixels.shape[2:])
+    grid = vit.dynamic_feat_size(*pixels.shape[2:])
     maps = []
     for depth in range(1, len(layers) + 1):
         rolled = rollout(layers[:depth])

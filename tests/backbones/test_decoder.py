@@ -24,10 +24,10 @@ LLAMA: dict[str, Any] = {
 BERT: dict[str, Any] = {"norm": NormConfig(pre=False, embed=True), "mlp": MLPConfig("gelu"), "mlm_head": True}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "gpt2 cross": {"cross_dim": CROSS},
+    "gpt2 cross": {"context_dim": CROSS},
     "llama": LLAMA | {"attention": AttentionConfig(num_kv_heads=2, bias=False, qk_norm="rms")},
-    "llama cross": LLAMA | {"cross_dim": CROSS, "cross_layer_interval": 2},
-    "bert cross": BERT | {"cross_dim": CROSS},
+    "llama cross": LLAMA | {"context_dim": CROSS, "cross_layer_interval": 2},
+    "bert cross": BERT | {"context_dim": CROSS},
 }
 
 
@@ -43,7 +43,7 @@ def make(kind: str = "gpt2", **options: Any) -> TextDecoder:
 def inputs(decoder: TextDecoder, rows: int = 4, length: int = 7) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(3)
     tokens = torch.randint(VOCAB, (rows, length))
-    return tokens, None if decoder.cross_dim is None else torch.randn(rows, 11, CROSS)
+    return tokens, None if decoder.context_dim is None else torch.randn(rows, 11, CROSS)
 
 
 def normed(layer: nn.Module, x: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ def test_gpt2_counts_as_published() -> None:
 
 
 def test_weights_start_as_gpt2s() -> None:
-    decoder = TextDecoder(301, 64, 5, 4, cross_dim=32)
+    decoder = TextDecoder(301, 64, 5, 4, context_dim=32)
     branches = 2 * 5 + 5
     for name, parameter in decoder.named_parameters():
         if name.endswith("bias"):

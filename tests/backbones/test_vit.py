@@ -45,7 +45,7 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
         x = torch.stack(rows) + vit.pos_embed[0]
         if vit.prefix_tokens is not None:
             x = torch.cat((vit.prefix_tokens[0], x))
-        if vit.patches.norm:
+        if vit.patches.pre_norm:
             x = normed(vit.first_norm, x)
         for block in vit.blocks:
             scale1, scale2 = (
@@ -70,7 +70,7 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
         {},
         {"class_token": False, "pool": "mean"},
         {"num_registers": 3, "block": ViTBlockConfig(layer_scale=0.3)},
-        {"patches": ViTPatchConfig(5, bias=False, norm=True), "block": ViTBlockConfig(norm_eps=1e-3)},
+        {"patches": ViTPatchConfig(5, bias=False, pre_norm=True), "block": ViTBlockConfig(norm_eps=1e-3)},
     ],
     ids=str,
 )
@@ -146,7 +146,7 @@ def test_positions_are_resized_at_run_time_as_once_and_for_all() -> None:
     before = sum(1 for _ in vit.parameters())
     vit.set_input_size((40, 24))
     assert vit.image_size == (40, 24)
-    assert vit.grid == (5, 3)
+    assert vit.grid_size == (5, 3)
     assert vit.pos_embed.shape == (1, 15, 20)
     assert vit.pos_embed.requires_grad
     assert sum(1 for _ in vit.parameters()) == before
@@ -235,7 +235,7 @@ def test_weights_start_as_documented() -> None:
 def test_timm_makes_its_groups_with_layer_decay() -> None:
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
-    vit = small(num_registers=2, pool="attention", num_classes=7, patches=ViTPatchConfig(norm=True))
+    vit = small(num_registers=2, pool="attention", num_classes=7, patches=ViTPatchConfig(pre_norm=True))
     optimizer = create_optimizer_v2(vit, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = {id(p): name for name, p in vit.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}

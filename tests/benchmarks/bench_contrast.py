@@ -23,7 +23,7 @@ BATCH, PLACES, VOCAB = 64, 77, 49408
 
 
 def model() -> CLIP:
-    patches, block = ViTPatchConfig(bias=False, norm=True), ViTBlockConfig("gelu", 1e-5)
+    patches, block = ViTPatchConfig(bias=False, pre_norm=True), ViTBlockConfig("gelu", 1e-5)
     vit = ViT.preset("tiny", patches=patches, block=block, output=ViTOutputConfig("pooled"))
     return CLIP(vit, TextTower(VOCAB, 256, 4, 4, max_len=PLACES), embed_dim=256)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.diffusion.guidance import guided
-from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.diffusion.solvers import walk
 from mmtransformer.weights import dit_to_diffusers
 
@@ -39,7 +39,7 @@ def make() -> tuple[DiffusionTransformer, Any]:
 
 
 def training(model: nn.Module, network: Network, dtype: torch.dtype) -> Callable[[], object]:
-    adamw, diffusion = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), Diffusion("linear", "velocity")
+    adamw, diffusion = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), DiffusionConfig("linear", "velocity")
     images, noise, times, texts = torch.randn(32, 3, 64, 64), torch.randn(32, 3, 64, 64), torch.rand(32), texts_of(32)
 
     def step() -> None:
@@ -67,7 +67,7 @@ def scheduler() -> Any:
 def our_drawing(model: DiffusionTransformer, noise: Tensor, texts: Tensor) -> Tensor:
     contexts, x = model.project_context(texts), noise
     look = guided(lambda x, times: model(x, times, contexts), SCALE)
-    for x, _ in walk(look, noise, Diffusion("linear", "velocity"), scheduler().sigmas.tolist(), "dpm"):  # noqa: B007
+    for x, _ in walk(look, noise, DiffusionConfig("linear", "velocity"), scheduler().sigmas.tolist(), "dpm"):  # noqa: B007
         pass
     return x
 

@@ -147,7 +147,7 @@ def tiled_inputs(family: str, ours: Llava, rows: int) -> tuple[TiledBatch, dict[
     count = tiles * 256 // ours.connector.pixel_shuffle**2
     if family == "LLaVA-NeXT":
         grid = ours.tiles.tiles(SIZE, (side, side))
-        tiles, count = 1 + grid[0] * grid[1], ours.tiles.num_tokens(SIZE, grid, ours.vision.grid)
+        tiles, count = 1 + grid[0] * grid[1], ours.tiles.num_tokens(SIZE, grid, ours.vision.grid_size)
     text = torch.randint(3, IMAGE, (rows, WORDS))
     tokens = torch.cat((text[:, :4], torch.full((rows, count), IMAGE), text[:, 4:]), 1)
     pixels, yes = torch.randn(rows, tiles, 3, side, side), torch.ones_like(tokens, dtype=torch.bool)

@@ -31,7 +31,7 @@ from mmtransformer.training.tasks.captioning import Captioning
 def model() -> VisionEncoderDecoder:
     torch.manual_seed(3)
     vision = ViT(64, 8, 192, 4, 6, class_token=False, pool="mean")
-    return VisionEncoderDecoder(vision, TextDecoder(640, 192, 3, 6, max_len=64, cross_dim=192))
+    return VisionEncoderDecoder(vision, TextDecoder(640, 192, 3, 6, max_len=64, context_dim=192))
 
 
 def batches(count: int, size: int) -> list[CaptionBatch]:

@@ -55,7 +55,7 @@ def lines(*, tiny: bool) -> list[Line]:
 
     def over_beams(count: int) -> tuple[float, Callable[[], object]]:
         model = VisionEncoderDecoder(
-            ViT(64, 16, dim=dim, depth=1, num_heads=4), language_model(dim, depth, cross_dim=dim)
+            ViT(64, 16, dim=dim, depth=1, num_heads=4), language_model(dim, depth, context_dim=dim)
         )
         model.eval()
         start = torch.zeros(1, 1, dtype=torch.long)

@@ -47,7 +47,7 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
             layer.bias.data += layer.weight.data @ peer.enc_to_dec_proj.bias.data
             layer.weight = nn.Parameter(layer.weight.data @ projection)
             layer.in_features = projection.shape[1]
-    decoder.cross_dim = projection.shape[1]
+    decoder.context_dim = projection.shape[1]
     return VisionEncoderDecoder(vision, decoder)
 
 

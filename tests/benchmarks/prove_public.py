@@ -142,14 +142,14 @@ def words_of_llama(texts: list[str]) -> Texts:
 
 def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(
-        texts.vocab_size, 192, 3, 4, max_len=MAX_LEN, cross_dim=vision.dim, mlp=MLPConfig("gelu"),
+        texts.vocab_size, 192, 3, 4, max_len=MAX_LEN, context_dim=vision.dim, mlp=MLPConfig("gelu"),
         norm=NormConfig(eps=1e-12, pre=False, embed=True), mlm_head=True, dropout=0.1,
     )  # fmt: skip
     return VisionEncoderDecoder(vision, decoder, freeze_vision=True)
 
 
 def vit_gpt2(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
-    decoder = TextDecoder(texts.vocab_size, 256, 3, 4, max_len=MAX_LEN, cross_dim=256)
+    decoder = TextDecoder(texts.vocab_size, 256, 3, 4, max_len=MAX_LEN, context_dim=256)
     return VisionEncoderDecoder(vision, decoder, connector=LinearConnector(vision.dim, 256), freeze_vision=True)
 
 
@@ -163,7 +163,9 @@ def llava(vision: ViT, texts: Texts) -> Llava:
         mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms"), positions=PositionConfig("rotary"),
     )  # fmt: skip
     connector, image = MLPProjector(192, 192, pre_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
-    return Llava(tower, connector, decoder, image, layers=(-1,), keep_class=False, freeze_decoder=False)
+    return Llava(
+        tower, connector, decoder, image, vision_feature_layers=(-1,), keep_prefix_tokens=False, freeze_decoder=False
+    )
 
 
 @torch.no_grad()

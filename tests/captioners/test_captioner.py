@@ -26,7 +26,7 @@ def captioner(**options: Any) -> VisionEncoderDecoder:
     torch.manual_seed(2)
     model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, block=ViTBlockConfig(drop_path=0.3, dropout=0.3)),
-        TextDecoder(VOCAB, 24, 2, 4, max_len=13, cross_dim=12, dropout=0.3),
+        TextDecoder(VOCAB, 24, 2, 4, max_len=13, context_dim=12, dropout=0.3),
         connector=TransformerConnector(20, 12, 1, 3, dropout=0.3, token_dropout=0.4),
         **options,
     )

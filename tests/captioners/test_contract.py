@@ -52,7 +52,7 @@ def flamingo(**options: Any) -> Flamingo:
 
 
 def coca(**options: Any) -> CoCa:
-    upper = lm(cross_dim=20, positions=PositionConfig("rotary"))
+    upper = lm(context_dim=20, positions=PositionConfig("rotary"))
     return CoCa(vit(), lm(), upper, num_queries=5, num_heads=5, embed_dim=11, **options)
 
 
@@ -67,7 +67,7 @@ def prefix(vision: ViT | None = None, decoder: TextDecoder | None = None) -> Pre
 
 
 BUILD: dict[str, Callable[[], Captioner]] = {
-    "cross": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=20)),
+    "cross": lambda: VisionEncoderDecoder(vit(), lm(context_dim=20)),
     "prefix": prefix,
     "open coca": lambda: OpenCoCa(vit(), VOCAB, 24, 2, 2, 4, max_len=30, num_queries=5, pool_heads=3),
     "paligemma": lambda: PaliGemma(vit(), lm(), freeze_vision=False),
@@ -80,7 +80,7 @@ BUILD: dict[str, Callable[[], Captioner]] = {
 FROZEN: dict[str, Callable[[], Captioner]] = {
     "coca without a contrast": lambda: coca(contrastive_weight=0.0),
     "coca, its upper half untied": lambda: CoCa(
-        vit(), lm(), lm(cross_dim=20, positions=PositionConfig("rotary"), tied=False), num_queries=5, num_heads=5
+        vit(), lm(), lm(context_dim=20, positions=PositionConfig("rotary"), tied=False), num_queries=5, num_heads=5
     ),
     "a vision encoder that pools": lambda: prefix(vit(pool="attention", num_classes=7)),
     "instructions": lambda: blip2(instruct=True),
@@ -216,7 +216,7 @@ def test_stage_1_refuses_images_that_are_padding() -> None:
 @torch.no_grad()
 def test_cocas_text_is_gathered_within_a_window_whatever_its_padding() -> None:
     text = lm(attention=AttentionConfig(window=3))
-    model = shaken(CoCa(vit(), text, lm(cross_dim=20, positions=PositionConfig("rotary")), num_heads=5))
+    model = shaken(CoCa(vit(), text, lm(context_dim=20, positions=PositionConfig("rotary")), num_heads=5))
     given = batch()
     vectors = model.text_features(given)
     for row, length in enumerate(given.attention_mask.sum(1).tolist()):

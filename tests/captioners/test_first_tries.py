@@ -21,7 +21,7 @@ def test_a_transform_takes_a_path(tmp_path: Path) -> None:
 
 def test_a_captioner_of_pixels_alone_says_what_it_reads() -> None:
     vision = ViT(32, 8, 16, 1, 2, class_token=False, pool="mean")
-    model = VisionEncoderDecoder(vision, TextDecoder(60, 16, 1, 2, max_len=8, cross_dim=16))
+    model = VisionEncoderDecoder(vision, TextDecoder(60, 16, 1, 2, max_len=8, context_dim=16))
     with pytest.raises(TypeError, match=r"VisionEncoderDecoder reads a CaptionBatch, .* ImageCaptioner"):
         model(torch.rand(2, 3, 32, 32))  # pyright: ignore[reportArgumentType]
 

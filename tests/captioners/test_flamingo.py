@@ -681,7 +681,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"connector's visual_dim \(21\).*vision encoder's dim \(20\)"):
         Flamingo(vision, decoder, connector=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
-        Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, cross_dim=20))
+        Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, context_dim=20))
     with pytest.raises(ValueError, match=r"cross_layer_interval=4.*3 blocks \(0 to 2\)"):
         Flamingo(vision, decoder, cross_layer_interval=4)
     for layers in ([], [0, 3], [1, 0], [1, 1], [-1]):

@@ -36,7 +36,7 @@ def llava(**options: Any) -> Llava:
 
 
 def squares(**options: Any) -> Llava:
-    return llava(connector=LinearProjector(20, 24, pixel_shuffle=2, bias=False), layers=None, **options)
+    return llava(connector=LinearProjector(20, 24, pixel_shuffle=2, bias=False), vision_feature_layers=None, **options)
 
 
 def batch(count: int, rows: int = 4, q: int = 7) -> CaptionBatch:
@@ -119,8 +119,8 @@ def test_the_loss_is_of_the_answer_alone() -> None:
 POINTS = TileConfig(((16, 48), (32, 24)))
 KINDS: dict[str, dict[str, Any]] = {
     "the last but one": {},
-    "the last": {"layers": (-1,)},
-    "with the class token": {"keep_class": True},
+    "the last": {"vision_feature_layers": (-1,)},
+    "with the class token": {"keep_prefix_tokens": True},
     "tiles": {"tiles": POINTS},
 }
 
@@ -132,7 +132,7 @@ def test_whatever_learns_gets_a_gradient(kind: str, again: bool) -> None:
     model.vision.set_grad_checkpointing(again)
     given = batch(26 if kind == "with the class token" else 24)
     if model.newline is not None:
-        (gh, gw), size = model.vision.grid, (16, 40)
+        (gh, gw), size = model.vision.grid_size, (16, 40)
         wide = batch(model.tiles.num_tokens(size, (1, 2), (gh, gw)))
         given = TiledBatch(
             wide.tokens, wide.attention_mask, wide.loss_mask, torch.randn(2, 3, 3, 16, 24),

@@ -60,19 +60,19 @@ def blip2(decoder: Any = None, **options: Any) -> Blip2:
 
 
 def coca(**options: Any) -> CoCa:
-    upper = lm(cross_dim=20, positions=PositionConfig("rotary"))
+    upper = lm(context_dim=20, positions=PositionConfig("rotary"))
     return CoCa(vit(), lm(), upper, num_queries=5, num_heads=5, embed_dim=11, **options)
 
 
 BUILD: dict[str, Callable[[], Captioner]] = {
-    "cross": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=20)),
+    "cross": lambda: VisionEncoderDecoder(vit(), lm(context_dim=20)),
     "cross, blocks": lambda: VisionEncoderDecoder(
-        vit(), lm(cross_dim=12), connector=TransformerConnector(20, 12, 2, 3)
+        vit(), lm(context_dim=12), connector=TransformerConnector(20, 12, 2, 3)
     ),
     "cross, latents": lambda: VisionEncoderDecoder(
-        vit(), lm(cross_dim=20), connector=PerceiverResampler(20, 2, 2, 8, 3)
+        vit(), lm(context_dim=20), connector=PerceiverResampler(20, 2, 2, 8, 3)
     ),
-    "cross, linear": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=12), connector=LinearConnector(20, 12)),
+    "cross, linear": lambda: VisionEncoderDecoder(vit(), lm(context_dim=12), connector=LinearConnector(20, 12)),
     "prefix": lambda: PrefixCaptioner(vit(), lm(), freeze_vision=False, freeze_decoder=False),
     "prefix, rotary": lambda: PrefixCaptioner(
         vit(class_token=False, num_registers=0, pool="mean"), lm(positions=PositionConfig("rotary")),
@@ -83,8 +83,8 @@ BUILD: dict[str, Callable[[], Captioner]] = {
     "blip2, its norm learns": lambda: blip2(freeze_vision=True, train_norm=True),
     "blip2, an encoder reads": lambda: blip2(Transformer(VOCAB, 24, 1, 4, max_len=61)),
     "flamingo": lambda: flamingo(PerceiverResampler(20, 2, 2, 8, 3)),
-    "flamingo, patches alone": lambda: flamingo(PerceiverResampler(20, 2, 2, 8, 3), patches_only=True),
-    "flamingo, all tokens": lambda: flamingo(None, patches_only=True, visible_images="all_previous"),
+    "flamingo, patches alone": lambda: flamingo(PerceiverResampler(20, 2, 2, 8, 3), keep_prefix_tokens=False),
+    "flamingo, all tokens": lambda: flamingo(None, keep_prefix_tokens=False, visible_images="all_previous"),
     "flamingo, linear": lambda: flamingo(LinearConnector(20, 12)),
     "coca, captions": lambda: coca(contrastive_weight=0.0),
 }  # fmt: skip
@@ -247,9 +247,9 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="Blip2QFormer does not support the batch field patch_grids"):
         stage1(given)
     with pytest.raises(ValueError, match="a Every cannot read images of native size: its forward takes no mask"):
-        VisionEncoderDecoder(vit(), lm(cross_dim=20), connector=Every())(given)
+        VisionEncoderDecoder(vit(), lm(context_dim=20), connector=Every())(given)
     with pytest.raises(ValueError, match=r"not tiled by squares of pixel_shuffle \(2\)"):
         PrefixCaptioner(ViT(32, PATCH, 20, 1, 4), lm(), pixel_shuffle=2)(given)
     connector = TransformerConnector(20, 12, 1, 3, token_dropout=0.5)
     with pytest.raises(ValueError, match=r"token_dropout \(0.5\) is a share of one number of tokens"):
-        VisionEncoderDecoder(vit(), lm(cross_dim=12), connector=connector)(given)
+        VisionEncoderDecoder(vit(), lm(context_dim=12), connector=connector)(given)

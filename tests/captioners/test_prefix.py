@@ -39,7 +39,7 @@ def prefix(pixel_shuffle: int = 2, **options: Any) -> PrefixCaptioner:
 def coca(**options: Any) -> CoCa:
     torch.manual_seed(3)
     text = TextDecoder(VOCAB, 24, 2, 4, max_len=31)
-    upper = TextDecoder(VOCAB, 24, 2, 3, max_len=31, cross_dim=20, positions=PositionConfig("rotary"))
+    upper = TextDecoder(VOCAB, 24, 2, 3, max_len=31, context_dim=20, positions=PositionConfig("rotary"))
     return shaken(CoCa(tower(), text, upper, num_queries=7, num_heads=5, embed_dim=11, **options))
 
 
@@ -300,15 +300,15 @@ def test_cocas_loss_in_two_processes_is_that_in_one(tmp_path: Path) -> None:
             r"24 positions leave no room for text after 24 visual tokens; raise pixel_shuffle \(1\)",
         ),
         (
-            lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=20)),
+            lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, context_dim=20)),
             'positions must be "rotary" or "sinusoidal", not "learned"',
         ),
         (
-            lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=19)),
-            r"cross_dim \(19\) must be the vision encoder's dim \(20\)",
+            lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, context_dim=19)),
+            r"context_dim \(19\) must be the vision encoder's dim \(20\)",
         ),
         (
-            lambda: CoCa(tower(), TextDecoder(9, 20, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=20)),
+            lambda: CoCa(tower(), TextDecoder(9, 20, 1, 4), TextDecoder(9, 24, 1, 4, context_dim=20)),
             "as wide as the upper .24.*it has dim 20",
         ),
     ],

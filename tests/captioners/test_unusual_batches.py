@@ -35,7 +35,7 @@ def lm(**more: Any) -> TextDecoder:
 
 
 CAPTIONERS: dict[str, Callable[[], Any]] = {
-    "cross-attention": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=24)),
+    "cross-attention": lambda: VisionEncoderDecoder(vit(), lm(context_dim=24)),
     "blip2": lambda: Blip2(vit(), QFormer(3, 24, 1, 2, 24), lm()),
     "flamingo": lambda: Flamingo(vit(), lm(), connector=PerceiverResampler(24, 1, 2, 12, 3)),
     "prefix": lambda: PrefixCaptioner(vit(), lm()),
@@ -100,7 +100,7 @@ def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
             lm()(tokens, attention_mask=mask)
     with pytest.raises(ValueError, match="attention_mask must be bool"):
         lm()(tokens, attention_mask=tokens.float())
-    decoder = lm(cross_dim=8)
+    decoder = lm(context_dim=8)
     for context in (torch.rand(2, 3, 9), torch.rand(3, 8)):
         with pytest.raises(ValueError, match=r"a context is \(n k 8\), not "):
             decoder(tokens, context)

@@ -29,7 +29,7 @@ VOCAB = 53
 
 def captioner(connector: bool = False, **options: Any) -> VisionEncoderDecoder:
     torch.manual_seed(4)
-    decoder: dict[str, Any] = {"max_len": 29, "cross_dim": 12 if connector else 20} | options
+    decoder: dict[str, Any] = {"max_len": 29, "context_dim": 12 if connector else 20} | options
     model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, 3, 4, **decoder),
@@ -273,7 +273,7 @@ def test_look_follows_the_size_of_the_image() -> None:
 def test_look_finds_the_patch_that_a_word_looks_at() -> None:
     """Keys made from one channel: the query is drawn to the patch where that channel is large."""
     model = VisionEncoderDecoder(
-        ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20)
+        ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, context_dim=20)
     )
     blocks: Any = model.decoder.blocks
     cross = blocks[0].cross_attn
@@ -299,12 +299,12 @@ def test_look_is_the_same_in_training() -> None:
 
 
 def test_widths_that_do_not_fit_are_refused() -> None:
-    vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, cross_dim=24)
-    with pytest.raises(ValueError, match=r"cross_dim \(24\).*vision encoder's dim \(20\)"):
+    vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, context_dim=24)
+    with pytest.raises(ValueError, match=r"context_dim \(24\).*vision encoder's dim \(20\)"):
         VisionEncoderDecoder(vision, decoder)
-    with pytest.raises(ValueError, match=r"cross_dim \(None\).*vision encoder's dim \(20\)"):
+    with pytest.raises(ValueError, match=r"context_dim \(None\).*vision encoder's dim \(20\)"):
         VisionEncoderDecoder(vision, TextDecoder(VOCAB, 24, 1, 4))
-    with pytest.raises(ValueError, match=r"cross_dim \(24\).*connector's dim \(12\)"):
+    with pytest.raises(ValueError, match=r"context_dim \(24\).*connector's dim \(12\)"):
         VisionEncoderDecoder(vision, decoder, connector=TransformerConnector(20, 12, 1, 3))
     with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision encoder's dim \(20\)"):
         VisionEncoderDecoder(vision, decoder, connector=TransformerConnector(19, 24, 1, 3))

@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Scenes(image_size=32, train_size=20).split("train")
     texts = [caption.text for i in range(20) for caption in source.captions(i)]
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
-    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     generation = GenerationConfig(min_new_tokens=3, max_new_tokens=6)
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), generation=generation, device="cpu").save_pretrained(

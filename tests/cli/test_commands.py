@@ -214,7 +214,7 @@ def decoder(**options: Any) -> TextDecoder:
 
 
 BRIDGES: dict[str, Callable[[], Any]] = {
-    "encoder-decoder": lambda: VisionEncoderDecoder(tower(), decoder(cross_dim=16)),
+    "encoder-decoder": lambda: VisionEncoderDecoder(tower(), decoder(context_dim=16)),
     "flamingo": lambda: Flamingo(tower(), decoder()),
     "q-former": lambda: Blip2(tower(), QFormer(3, 16, 2, 2, 16), decoder()),
     "q-former, encoder-decoder": lambda: Blip2(
@@ -228,7 +228,7 @@ BRIDGES: dict[str, Callable[[], Any]] = {
     "coca": lambda: CoCa(
         tower(),
         decoder(),
-        decoder(cross_dim=16, positions=PositionConfig("rotary")),
+        decoder(context_dim=16, positions=PositionConfig("rotary")),
         num_queries=5,
         num_heads=2,
         embed_dim=8,

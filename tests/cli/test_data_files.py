@@ -134,7 +134,7 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
     for image, _ in ROWS:
         Image.new("RGB", (24, 24), "red").save(image)
     Path("captions.csv").write_text(table(","))
-    decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=24, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train([caption for _, caption in ROWS], 300)
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder / "model")

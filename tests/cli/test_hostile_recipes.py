@@ -160,7 +160,7 @@ def test_the_harm_is_real(harm: Path) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=24, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300)
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     source = Scenes(image_size=32, train_size=20).split("train")
     texts = [caption.text for i in range(20) for caption in source.captions(i)]
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
-    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     with torch.no_grad():
         for parameter in captioner.parameters():

@@ -155,7 +155,7 @@ def test_an_index_in_a_file(model: str, photos: Path, capsys: pytest.CaptureFixt
 def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mmtransformer import ImageCaptioner, TextDecoder, VisionEncoderDecoder
 
-    captioner = VisionEncoderDecoder(ViT(16, 8, 8, 1, 2), TextDecoder(300, 8, 1, 2, max_len=16, cross_dim=8))
+    captioner = VisionEncoderDecoder(ViT(16, 8, 8, 1, 2), TextDecoder(300, 8, 1, 2, max_len=16, context_dim=8))
     tokenizer = Tokenizer.train(["a red star"] * 3, 300, ["en"])
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "captioner")
     code, _, err = mmt(capsys, "search", "red", "--index", "photos", "--model", str(tmp_path / "captioner"))

@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved") / "model"
     captioner = VisionEncoderDecoder(
-        ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+        ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), TextDecoder(300, 16, 1, 2, max_len=64, context_dim=16)
     )
     tokenizer = Tokenizer.train(["a red star on a blue field"], 300)
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)

@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt nothing."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     tokenizer = Tokenizer.train(["a red dog"], 300, ("en", "ko"))
-    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
     return folder

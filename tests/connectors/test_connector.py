@@ -36,7 +36,7 @@ class HalfOfThem(Connector):
 
 
 def encoder_decoder(visual_dim: int = 20, dim: int = 28) -> VisionEncoderDecoder:
-    decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, cross_dim=28)
+    decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, context_dim=28)
     return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, connector=HalfOfThem(visual_dim, dim))
 
 
@@ -80,7 +80,7 @@ def test_its_attention_map_knows_the_picture_only() -> None:
     ("make", "message"),
     [
         (lambda: encoder_decoder(visual_dim=19), r"visual_dim \(19\) must be the vision encoder's dim \(20\)"),
-        (lambda: encoder_decoder(dim=27), r"cross_dim \(28\) must be the connector's dim \(27\)"),
+        (lambda: encoder_decoder(dim=27), r"context_dim \(28\) must be the connector's dim \(27\)"),
         (lambda: flamingo(visual_dim=19), r"visual_dim \(19\) must be the vision encoder's dim \(20\)"),
         (lambda: to_openflamingo(flamingo()), "has a HalfOfThem"),
     ],

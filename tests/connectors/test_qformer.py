@@ -291,7 +291,7 @@ def test_saved_and_loaded(tmp_path: object) -> None:
     model.save_pretrained(str(tmp_path))
     again = QFormer.from_pretrained(str(tmp_path))
     assert torch.equal(again(visual, tokens, attention_mask), model(visual, tokens, attention_mask))
-    assert again.eps == 1e-12
+    assert again.norm_eps == 1e-12
 
 
 def test_half_precision_features_are_read() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.diffusion.guidance import guided
-from mmtransformer.diffusion.paths import LEAST_TIME, Diffusion
+from mmtransformer.diffusion.paths import LEAST_TIME, DiffusionConfig
 from mmtransformer.diffusion.solvers import step_times, walk
 
 MEAN, SPREAD = 0.7, 0.3
@@ -17,13 +17,13 @@ def triple(path: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images, noise = (torch.randn(5, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     times = torch.tensor([0.06, 0.2, 0.5, 0.77, 0.95], dtype=torch.float64)
-    return images, noise, times, Diffusion(path=path).noised(images, noise, times)  # type: ignore[arg-type]
+    return images, noise, times, DiffusionConfig(path=path).noised(images, noise, times)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_velocity_is_the_derivative_of_the_path(path: str) -> None:
     images, noise, times, x = triple(path)
-    diffusion = Diffusion(path=path)  # type: ignore[arg-type]
+    diffusion = DiffusionConfig(path=path)  # type: ignore[arg-type]
     step = 1e-6
     later = diffusion.noised(images, noise, times + step)
     torch.testing.assert_close((later - x) / step, diffusion.velocity(images, noise, times), atol=1e-4, rtol=1e-4)
@@ -36,7 +36,7 @@ def test_the_velocity_is_the_derivative_of_the_path(path: str) -> None:
 @pytest.mark.parametrize("prediction_type", ["image", "velocity", "noise"])
 def test_each_prediction_stands_for_the_same_image_and_velocity(path: str, prediction_type: str) -> None:
     images, noise, times, x = triple(path)
-    diffusion = Diffusion(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
+    diffusion = DiffusionConfig(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
     right = {"image": images, "noise": noise, "velocity": diffusion.velocity(images, noise, times)}[prediction_type]
     torch.testing.assert_close(diffusion.image_of(right, x, times), images)
     torch.testing.assert_close(diffusion.velocity_of(right, x, times), diffusion.velocity(images, noise, times))
@@ -45,7 +45,7 @@ def test_each_prediction_stands_for_the_same_image_and_velocity(path: str, predi
 
 def test_the_loss_of_an_image_is_that_of_its_velocity() -> None:
     images, noise, times, x = triple("linear")
-    diffusion = Diffusion()
+    diffusion = DiffusionConfig()
     said = images + torch.randn_like(images)
     gap = diffusion.velocity_of(said, x, times) - diffusion.velocity(images, noise, times)
     torch.testing.assert_close(
@@ -57,14 +57,14 @@ def test_the_loss_of_an_image_is_that_of_its_velocity() -> None:
 
 
 def test_times_are_logit_normal() -> None:
-    times = Diffusion(time_mean=0.5, time_std=0.7).times(20_000, torch.Generator().manual_seed(0))
+    times = DiffusionConfig(logit_mean=0.5, logit_std=0.7).times(20_000, torch.Generator().manual_seed(0))
     logits = torch.logit(times)
     assert abs(float(logits.mean()) - 0.5) < 0.02
     assert abs(float(logits.std()) - 0.7) < 0.02
-    assert abs(float(Diffusion(time_std=0).times(20_000, torch.Generator().manual_seed(0)).mean()) - 0.5) < 0.01
+    assert abs(float(DiffusionConfig(logit_std=0).times(20_000, torch.Generator().manual_seed(0)).mean()) - 0.5) < 0.01
 
 
-def exact(diffusion: Diffusion, x: Tensor, times: Tensor) -> Tensor:
+def exact(diffusion: DiffusionConfig, x: Tensor, times: Tensor) -> Tensor:
     """E[image | x] where images are N(MEAN, SPREAD^2): what a perfect network predicts, as this diffusion wants it."""
     alpha, sigma = (level.view(-1, 1) for level in diffusion.levels(times))
     gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
@@ -80,7 +80,7 @@ def exact(diffusion: Diffusion, x: Tensor, times: Tensor) -> Tensor:
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm", 2)])
 def test_solvers_follow_the_flow_at_their_order(path: str, prediction_type: str, solver: str, order: int) -> None:
     """The flow of Gaussian data takes noise z to MEAN + SPREAD z; the error falls as steps ** -order."""
-    diffusion = Diffusion(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
+    diffusion = DiffusionConfig(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
 
     def error(steps: int) -> float:
@@ -108,11 +108,11 @@ def test_solvers_follow_the_flow_at_their_order(path: str, prediction_type: str,
 def test_the_last_step_gives_the_clean_image() -> None:
     x = torch.randn(3, 4)
     for solver in ("euler", "heun", "dpm"):
-        *_, (last, image) = walk(lambda y, t: y * 0 + 5, x, Diffusion(), step_times(4), solver)  # type: ignore[arg-type]
+        *_, (last, image) = walk(lambda y, t: y * 0 + 5, x, DiffusionConfig(), step_times(4), solver)  # type: ignore[arg-type]
         assert torch.equal(last, torch.full_like(x, 5.0))
         assert torch.equal(image, last)
     with pytest.raises(ValueError, match='unknown solver "rk4": known are euler, heun, dpm'):
-        next(walk(lambda y, t: y, x, Diffusion(), [1.0, 0.0], "rk4"))  # type: ignore[arg-type]
+        next(walk(lambda y, t: y, x, DiffusionConfig(), [1.0, 0.0], "rk4"))  # type: ignore[arg-type]
 
 
 def test_step_times_fall_from_the_start_to_nothing() -> None:
@@ -140,10 +140,10 @@ def test_guidance_goes_away_from_what_is_said_without_the_text() -> None:
     [
         ({"path": "bent"}, 'path must be "linear" or "cosine", not "bent"'),
         ({"prediction_type": "score"}, 'prediction_type must be "image", "velocity" or "noise", not "score"'),
-        ({"time_std": -1.0}, "time_std"),
-        ({"time_mean": math.nan}, "time_mean"),
+        ({"logit_std": -1.0}, "logit_std"),
+        ({"logit_mean": math.nan}, "logit_mean"),
     ],
 )
 def test_a_diffusion_that_there_is_not_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Diffusion(**settings)
+        DiffusionConfig(**settings)

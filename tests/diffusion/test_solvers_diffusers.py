@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.diffusion.solvers import step_times, walk
 
 STEPS = 7
@@ -40,7 +40,7 @@ def theirs(scheduler: Any, times: list[float]) -> list[Tensor]:
     return found
 
 
-def ours(times: list[float], solver: Any, diffusion: Diffusion) -> list[Tensor]:
+def ours(times: list[float], solver: Any, diffusion: DiffusionConfig) -> list[Tensor]:
     return [x for x, _ in walk(network, begin(), diffusion, times, solver)]
 
 
@@ -50,7 +50,7 @@ def test_euler_on_straight_paths(diffusers: Any, shift: float) -> None:
     scheduler.set_timesteps(sigmas=step_times(STEPS)[:-1])
     times = step_times(STEPS, shift=shift)
     torch.testing.assert_close(scheduler.sigmas.double(), torch.tensor(times).double(), atol=1e-6, rtol=0)
-    found = ours(times, "euler", Diffusion("linear", "velocity"))
+    found = ours(times, "euler", DiffusionConfig("linear", "velocity"))
     torch.testing.assert_close(found, theirs(scheduler, times), atol=2e-5, rtol=2e-5)
 
 
@@ -61,7 +61,7 @@ def test_heun_on_straight_paths(diffusers: Any, shift: float) -> None:
     every = scheduler.sigmas.tolist()  # each twice, as the network is asked twice, but for the first and the last
     times = list(dict.fromkeys(every))
     want = theirs(scheduler, every[:-1])
-    found = ours(times, "heun", Diffusion("linear", "velocity"))
+    found = ours(times, "heun", DiffusionConfig("linear", "velocity"))
     torch.testing.assert_close(found, [*want[1::2], want[-1]], atol=2e-5, rtol=2e-5)
 
 
@@ -72,7 +72,7 @@ def test_dpm_on_straight_paths(diffusers: Any, shift: float) -> None:
     )
     scheduler.set_timesteps(STEPS)
     times = scheduler.sigmas.tolist()
-    found = ours(times, "dpm", Diffusion("linear", "velocity"))
+    found = ours(times, "dpm", DiffusionConfig("linear", "velocity"))
     torch.testing.assert_close(found, theirs(scheduler, times), atol=2e-5, rtol=2e-5)
 
 
@@ -83,5 +83,5 @@ def test_dpm_on_paths_of_constant_variance(diffusers: Any, kind: str, prediction
     )
     scheduler.set_timesteps(STEPS)
     times = (torch.atan(scheduler.sigmas.double()) * 2 / torch.pi).tolist()  # sigma over alpha is the tangent
-    found = ours(times, "dpm", Diffusion("cosine", prediction_type))
+    found = ours(times, "dpm", DiffusionConfig("cosine", prediction_type))
     torch.testing.assert_close(found, theirs(scheduler, times), atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.diffusion.image_generation import Edit, ImageGenerationConfig, generate_images, seeded_noise
-from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.dual_encoders.text_tower import TextTower
 
@@ -47,7 +47,7 @@ def loss(model: TextToImageModel, given: CaptionBatch, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction_type", ["image", "velocity", "noise"])
 def test_the_loss_by_its_parts(prediction_type: str, clip: bool) -> None:
-    model, given = make(clip, diffusion=Diffusion(prediction_type=prediction_type)), batch()  # type: ignore[arg-type]
+    model, given = make(clip, diffusion=DiffusionConfig(prediction_type=prediction_type)), batch()  # type: ignore[arg-type]
     found = model(given, generator=torch.Generator().manual_seed(5))
     chance, total = torch.Generator().manual_seed(5), 0.0
     times = model.diffusion.times(3, chance)
@@ -73,7 +73,7 @@ def test_texts_that_share_an_image_are_drawn_each_by_itself() -> None:
 
 
 def test_texts_are_hidden_in_training_only() -> None:
-    model, given = make(text_dropout=0.999), batch()
+    model, given = make(text_dropout_prob=0.999), batch()
     other = replace(given, tokens=given.tokens.roll(1, 0), attention_mask=given.attention_mask)
     assert loss(model, given) != loss(model, other)
     model.train()
@@ -162,7 +162,7 @@ def test_little_strength_changes_little() -> None:
         (lambda: ImageGenerationConfig(solver="rk4"), 'solver must be one of euler, heun, dpm, not "rk4"'),  # type: ignore[arg-type]
         (lambda: ImageGenerationConfig(time_shift=0.0), "time_shift"),
         (lambda: Edit(torch.zeros(1, 3, 8, 8), 0.0), "strength must be above 0 and at most 1, not 0"),
-        (lambda: make(text_dropout=1.0), r"text_dropout \(1.0\)"),
+        (lambda: make(text_dropout_prob=1.0), r"text_dropout_prob \(1.0\)"),
         (
             lambda: TextToImageModel(
                 TextEncoder(9, dim=12, depth=1, num_heads=2), DiffusionTransformer(dim=12, depth=1, num_heads=2)

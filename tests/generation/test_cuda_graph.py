@@ -256,7 +256,7 @@ SEARCHES: list[dict[str, Any]] = [
 def test_a_gpu_is_waited_for_every_eight_tokens_only(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a GPU gets for `LOOK_EVERY`: the same texts, and as many looks as there are eights of tokens."""
     torch.manual_seed(0)
-    model = noisy(VisionEncoderDecoder(vit(), decoder(cross_dim=DIM)))
+    model = noisy(VisionEncoderDecoder(vit(), decoder(context_dim=DIM)))
     batch = batch_for(model, 1)
     want = told(model, batch, **options)
     monkeypatch.setitem(LOOK_EVERY, "cpu", 8)

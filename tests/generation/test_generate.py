@@ -152,7 +152,7 @@ def test_several_prompts_share_a_image(captioner: VisionEncoderDecoder) -> None:
 def test_beams_are_never_worse_than_the_best_of_all_texts_when_wide_enough() -> None:
     """With as many beams as texts exist, beam search is exhaustive search."""
     torch.manual_seed(1)
-    decoder = TextDecoder(5, 8, 1, 2, max_len=8, cross_dim=8)
+    decoder = TextDecoder(5, 8, 1, 2, max_len=8, context_dim=8)
     for parameter in decoder.parameters():
         parameter.data += torch.randn_like(parameter)
     tiny = VisionEncoderDecoder(ViT(8, 8, 8, 1, 2), decoder).eval()

@@ -37,7 +37,7 @@ EOS, VOCAB = 2, 23
 
 def captioner(vocab: int = VOCAB, seed: int = 0) -> VisionEncoderDecoder:
     torch.manual_seed(seed)
-    model = VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(vocab, 20, 2, 4, max_len=31, cross_dim=20))
+    model = VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(vocab, 20, 2, 4, max_len=31, context_dim=20))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -361,7 +361,7 @@ def words_and_model() -> tuple[ImageCaptioner, Any]:
     tokenizer = Tokenizer.train(texts, 290, ("en", "ko"))
     torch.manual_seed(2)
     model = VisionEncoderDecoder(
-        ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+        ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, context_dim=20)
     )
     image = Image.new("RGB", (16, 16), (200, 30, 30))
     return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), image

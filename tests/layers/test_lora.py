@@ -86,7 +86,7 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_language_model_for_a_recipe(tmp_path) -> None:
     decoder().float().save_pretrained(tmp_path)
-    model = load_lm(tmp_path, lora_rank=3, lora_targets=["q_proj", "fc2"])
+    model = load_lm(tmp_path, lora_rank=3, lora_target_modules=["q_proj", "fc2"])
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n.split(".")[-4] + n.split(".")[-3] for n in trainable} == {
         "q_projlora_A", "q_projlora_B", "fc2lora_A", "fc2lora_B",

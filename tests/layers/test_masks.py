@@ -17,7 +17,7 @@ def test_each_predicate_is_its_definition() -> None:
         "causal": (masks.causal(2), lambda r, i, j: j <= i + 2),
         "padding": (masks.padding(attention_mask), lambda r, i, j: bool(attention_mask[r, j])),
         "prefix": (masks.prefix(lengths, 1), lambda r, i, j: j < lengths[r] or j <= i + 1),
-        "both ways": (masks.both_ways(special), lambda r, i, j: bool(special[r, i] and special[r, j])),
+        "bidirectional": (masks.bidirectional(special), lambda r, i, j: bool(special[r, i] and special[r, j])),
         "window": (masks.window(3, 1), lambda r, i, j: -3 < i + 1 - j < 3),
         "document_ids": (masks.documents(ids), lambda r, i, j: bool(ids[r, i] == ids[r, j])),
         "global": (masks.global_tokens(special), lambda r, i, j: bool(special[r, i] or special[r, j])),

@@ -11,7 +11,7 @@ from mmtransformer import Attention, AttentionConfig, PositionConfig, TextDecode
 
 def decoder(**options: object) -> TextDecoder:
     torch.manual_seed(5)
-    model = TextDecoder(31, 24, 2, 4, max_len=17, cross_dim=19, **options)  # pyright: ignore[reportArgumentType]
+    model = TextDecoder(31, 24, 2, 4, max_len=17, context_dim=19, **options)  # pyright: ignore[reportArgumentType]
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()

@@ -213,7 +213,7 @@ def test_saved_as_before(tmp_path):
 
 
 def test_tied_head_stays_tied():
-    decoder = TextDecoder(31, 22, 1, 2, max_len=11, cross_dim=22)
+    decoder = TextDecoder(31, 22, 1, 2, max_len=11, context_dim=22)
     model = pack_weights(VisionEncoderDecoder(vit(), decoder).eval())
     assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
     with torch.no_grad():

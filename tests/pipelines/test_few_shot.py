@@ -344,7 +344,7 @@ def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, caps
     code, _, err = mmt(capsys, *words, *shot, "--num-examples", "10")
     assert code == 2
     assert "num_examples (10) must be from 0 to the number of examples (9)" in err
-    decoder = TextDecoder(310, 12, 1, 2, max_len=64, cross_dim=12)
+    decoder = TextDecoder(310, 12, 1, 2, max_len=64, context_dim=12)
     other = VisionEncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
     words[3] = str(saved(tmp_path / "other", other))
     code, _, err = mmt(capsys, *words, *shot)

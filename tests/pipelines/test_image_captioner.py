@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
 def captioner() -> ImageCaptioner:
     torch.manual_seed(2)
     words = tokenizer()
-    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, context_dim=20)
     model = VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), decoder)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,7 +86,7 @@ def test_syllables_that_a_tokenizer_takes_apart_are_streamed_whole() -> None:
     backend.model = models.WordPiece({name: i for i, name in enumerate(dict.fromkeys(names))}, unk_token="[UNK]")
     words = Tokenizer(backend, bos_token="[CLS]", eos_token="[SEP]", pad_token="[PAD]")
     torch.manual_seed(1)
-    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, context_dim=20)
     model = ImageCaptioner(VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), decoder), words, ImageTransform(16), device="cpu")
     drawn = GenerationConfig(do_sample=True, max_new_tokens=30, min_new_tokens=30, seed=5)
     (caption,) = model(images()[0], generation=drawn)[0]

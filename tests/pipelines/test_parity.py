@@ -66,7 +66,7 @@ def test_an_adapter_is_compared_as_it_would_be_exported(tmp_path: Path, capsys: 
 
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(300, 16, 1, 2, cross_dim=16))
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(300, 16, 1, 2, context_dim=16))
     ImageCaptioner(model, Tokenizer.train(["a cat"], 300), ImageTransform(16), device="cpu").save_pretrained(
         tmp_path / "own"
     )

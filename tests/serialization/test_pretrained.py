@@ -22,7 +22,7 @@ from mmtransformer import (
     BlipITM,
     BlipVQA,
     CoCa,
-    Diffusion,
+    DiffusionConfig,
     DiffusionTransformer,
     ExtendedVocabulary,
     Flamingo,
@@ -90,7 +90,7 @@ def decoder(**options: Any) -> TextDecoder:
 
 def captioner(**options: Any) -> VisionEncoderDecoder:
     connector = TransformerConnector(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
-    return VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=12), connector=connector, **options)
+    return VisionEncoderDecoder(ViT(**VISION), decoder(context_dim=12), connector=connector, **options)
 
 
 def qformer(**options: Any) -> QFormer:
@@ -102,7 +102,7 @@ def qformer(**options: Any) -> QFormer:
 MODELS: dict[str, Callable[[], Any]] = {
     "ViT": lambda: ViT(
         **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7,
-        patches=ViTPatchConfig(bias=False, norm=True, dropout=0.1),
+        patches=ViTPatchConfig(bias=False, pre_norm=True, dropout=0.1),
         block=ViTBlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
     ),
     "ViT with a stem": lambda: ViT(
@@ -124,7 +124,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
-        mlp_dim=31, cross_dim=19, cross_layer_interval=2,
+        mlp_dim=31, context_dim=19, cross_layer_interval=2,
         attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"), mlp=MLPConfig("swiglu", bias=False),
         norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1, logit_softcap=4.0,
         positions=PositionConfig("rotary", 5e3, {"rope_type": "linear", "factor": 2.0}),
@@ -153,7 +153,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         ViT(**VISION), decoder(), connector=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
         gated=GatedBlockConfig(
             3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
-        visible_images="all_previous", patches_only=True, freeze_vision=False,
+        visible_images="all_previous", keep_prefix_tokens=False, freeze_vision=False,
         freeze_decoder=False,
     ),
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
@@ -174,33 +174,33 @@ MODELS: dict[str, Callable[[], Any]] = {
         freeze_decoder=True,
     ),
     "BlipVQA": lambda: BlipVQA(
-        ViT(**VISION), TextEncoder(53, 24, 2, 4, cross_dim=20), decoder(cross_dim=24), freeze_vision=True
+        ViT(**VISION), TextEncoder(53, 24, 2, 4, context_dim=20), decoder(context_dim=24), freeze_vision=True
     ),
-    "BlipITM": lambda: BlipITM(ViT(**VISION), TextEncoder(53, 24, 2, 4, cross_dim=20), embed_dim=7),
+    "BlipITM": lambda: BlipITM(ViT(**VISION), TextEncoder(53, 24, 2, 4, context_dim=20), embed_dim=7),
     "OpenCoCa": lambda: OpenCoCa(
-        ViT(**VISION), 37, 24, 2, 1, 3, max_len=13, num_queries=5, pool_heads=2, activation="quick_gelu", eps=1e-3,
-        freeze_vision=True,
+        ViT(**VISION), 37, 24, 2, 1, 3, max_len=13, num_queries=5, pool_heads=2, activation="quick_gelu",
+        norm_eps=1e-3, freeze_vision=True,
     ),
     "Llava": lambda: Llava(
-        ViT(**vision({"depth": 3}), class_token=True), MLPProjector(40, 24), decoder(), 3, layers=(-2, -3),
-        keep_class=True, freeze_vision=False, freeze_decoder=False,
+        ViT(**vision({"depth": 3}), class_token=True), MLPProjector(40, 24), decoder(), 3,
+        vision_feature_layers=(-2, -3), keep_prefix_tokens=True, freeze_vision=False, freeze_decoder=False,
     ),
     "Llava of tiles": lambda: Llava(
-        ViT(**vision({"image_size": 16})), LinearProjector(20, 24), decoder(), 3, layers=None,
+        ViT(**vision({"image_size": 16})), LinearProjector(20, 24), decoder(), 3, vision_feature_layers=None,
         tiles=TileConfig(((16, 32),), 9, single_only=True),
     ),
     "PaliGemma": lambda: PaliGemma(
         ViT(**VISION), decoder(), image_token_id=3, freeze_vision=False, freeze_decoder=True
     ),
     "CoCa": lambda: CoCa(
-        ViT(**VISION), decoder(), decoder(cross_dim=20, positions=PositionConfig("rotary")),
+        ViT(**VISION), decoder(), decoder(context_dim=20, positions=PositionConfig("rotary")),
         num_queries=5, num_heads=4, embed_dim=7, caption_weight=1.5, contrastive_weight=0.5, freeze_vision=True,
     ),
     "TextEncoder": lambda: TextEncoder(
         53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
         mlm_head=True, dropout=0.2,
     ),
-    "TextEncoder that reads a context": lambda: TextEncoder(53, 24, 2, 4, cross_dim=20),
+    "TextEncoder that reads a context": lambda: TextEncoder(53, 24, 2, 4, context_dim=20),
     "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, nsp_head=True),
     "Transformer": lambda: Transformer(
         53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,
@@ -221,7 +221,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextToImageModel": lambda: TextToImageModel(
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 3, 20, 1, 4, context_dim=20),
-        diffusion=Diffusion(time_mean=0.3), text_dropout=0.2, freeze_text=True,
+        diffusion=DiffusionConfig(logit_mean=0.3), text_dropout_prob=0.2, freeze_text=True,
     ),
     "TextToImageModel on latents": lambda: TextToImageModel(
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 4, 20, 1, 4, context_dim=20),
@@ -231,14 +231,14 @@ MODELS: dict[str, Callable[[], Any]] = {
         23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, add_bos_token=False,
         activation="gelu_tanh", norm_eps=1e-6, dropout=0.1,
     ),
-    "TextEncoderTower": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), proj_dim=9),
+    "TextEncoderTower": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), projection_dim=9),
     "TextEncoderTower of a pooler": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17)),
     "CLIP": lambda: CLIP(
         ViT(**VISION), TextTower(23, 20, 1, 4, max_len=17), embed_dim=9, text_bias=True, pool_heads=4, loss="sigmoid",
         hardness=0.5, freeze_vision=True,
     ),
     "JoinedTowers": lambda: JoinedTowers(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
-    "VisionEncoderDecoder without connector": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
+    "VisionEncoderDecoder without connector": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(context_dim=20)),
 }  # fmt: skip
 
 
@@ -327,7 +327,7 @@ def test_a_part_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     class Mine(ViT):
         pass
 
-    model = VisionEncoderDecoder(Mine(**VISION), decoder(cross_dim=20))
+    model = VisionEncoderDecoder(Mine(**VISION), decoder(context_dim=20))
     with pytest.raises(ValueError, match=r"Mine is no public model"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -563,14 +563,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (3, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (4, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (2, 4, None):
+    for version in (3, 5, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 3: train it again"):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 4: train it again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

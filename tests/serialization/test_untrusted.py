@@ -35,12 +35,12 @@ from mmtransformer.weights import (
 )
 
 HUGE = 10**9
-NUMBERS = ("dim", "depth", "num_heads", "vocab_size", "max_len", "image_size", "patch_size", "mlp_dim", "cross_dim")
+NUMBERS = ("dim", "depth", "num_heads", "vocab_size", "max_len", "image_size", "patch_size", "mlp_dim", "context_dim")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=24, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300, languages=["en"])
     folder = tmp_path_factory.mktemp("model")

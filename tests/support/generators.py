@@ -72,14 +72,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
-    "cross-attention": lambda: VisionEncoderDecoder(vit(), decoder(cross_dim=DIM)),
+    "cross-attention": lambda: VisionEncoderDecoder(vit(), decoder(context_dim=DIM)),
     "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedBlockConfig(3, 7), visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "image-text": lambda: Blip2QFormer(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)),
     "paligemma": lambda: PaliGemma(vit(), decoder()),
     "git": lambda: Git(vit(), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
-    "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions=PositionConfig("rotary")), num_heads=4),
+    "coca": lambda: CoCa(vit(), decoder(), decoder(context_dim=DIM, positions=PositionConfig("rotary")), num_heads=4),
 }
 
 

@@ -43,7 +43,7 @@ def flickr_folder(folder: Path) -> Path:
 def saved_model(folder: Path) -> Path:
     source = Scenes(image_size=32, train_size=9).split("train")
     texts = [caption.text for i in range(9) for caption in source.captions(i)]
-    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)

@@ -52,7 +52,7 @@ def captioner(
     """A captioner with dropout."""
     torch.manual_seed(seed)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
-    decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, cross_dim=24, dropout=0.1)
+    decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, context_dim=24, dropout=0.1)
     return VisionEncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
@@ -175,7 +175,7 @@ def fit(
 ) -> str:
     """Trains in `folder`, or goes on there; a hash of the weights that come of it."""
     warnings.simplefilter("ignore")
-    optim = Optim(lr=0.01, warmup_steps=2, ema=ema)
+    optim = Optim(lr=0.01, warmup_steps=2, ema_decay=ema)
     module = Captioning(captioner(), optim=optim, image_ablation_batches=0) if task is None else task(optim)
     last = folder / "checkpoints" / "last.ckpt"
     trainer = pl.Trainer(

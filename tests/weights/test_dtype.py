@@ -195,7 +195,7 @@ def test_a_model_of_transformers_in_bfloat16(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_tower_takes_low_rank_products_and_gives_them_back(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    vision = load_vit(str(folders[0]), lora_rank=3, lora_targets=["q_proj", "fc2"])
+    vision = load_vit(str(folders[0]), lora_rank=3, lora_target_modules=["q_proj", "fc2"])
     trained = {name for name, p in vision.named_parameters() if p.requires_grad}
     assert {name.split(".")[-4] for name in trained} == {"q_proj", "fc2"}
     assert all("lora_" in name for name in trained)

@@ -25,7 +25,7 @@ def test_an_own_captioner_is_written_with_its_tokenizers_ids(tmp_path: Path) -> 
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     assert [said[name] for name in names] == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     tower = ViT(16, 8, 24, 1, 4, patches=ViTPatchConfig(stem="conv"), class_token=False, pool="mean")
-    other = VisionEncoderDecoder(tower, TextDecoder(300, 24, 1, 4, cross_dim=24, max_len=32))
+    other = VisionEncoderDecoder(tower, TextDecoder(300, 24, 1, 4, context_dim=24, max_len=32))
     with pytest.raises(ValueError, match=r"BLIP's vision tower has a class token \(this: none\), patches .*conv"):
         export_captioner(other, tokenizer, ImageTransform(16), tmp_path / "other")
     with pytest.raises(ValueError, match=r"^gpt2 is no family of a VisionEncoderDecoder, which fits .*vision-encoder"):

@@ -68,14 +68,16 @@ def llama(family: str) -> TextDecoder:
 
 def blip() -> VisionEncoderDecoder:
     decoder = TextDecoder(
-        VOCAB, 24, 2, 4, max_len=29, cross_dim=88, mlp=MLPConfig("gelu"), norm=NormConfig(pre=False, embed=True),
+        VOCAB, 24, 2, 4, max_len=29, context_dim=88, mlp=MLPConfig("gelu"), norm=NormConfig(pre=False, embed=True),
         mlm_head=True,
     )  # fmt: skip
     return VisionEncoderDecoder(tower(), decoder)
 
 
 def vision_encoder_decoder() -> VisionEncoderDecoder:
-    return VisionEncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), connector=LinearConnector(88, 24))
+    return VisionEncoderDecoder(
+        tower(), TextDecoder(VOCAB, 24, 2, 4, context_dim=24), connector=LinearConnector(88, 24)
+    )
 
 
 def gemma(family: str) -> TextDecoder:
@@ -99,22 +101,30 @@ def stage1() -> Blip2QFormer:
 def openflamingo() -> Flamingo:
     resampler = PerceiverResampler(88, 2, 1, 64, 5)
     return Flamingo(
-        tower(), gpt2(), connector=resampler, gated=GatedBlockConfig(mlp_without_image=True), patches_only=True
+        tower(), gpt2(), connector=resampler, gated=GatedBlockConfig(mlp_without_image=True), keep_prefix_tokens=False
     )
 
 
 def llava() -> Llava:
-    return Llava(MODELS["clip"](), MLPProjector(88, 24, pre_norm=False), llama("llama"), VOCAB - 1, layers=(-1,))
+    return Llava(
+        MODELS["clip"](), MLPProjector(88, 24, pre_norm=False), llama("llama"), VOCAB - 1, vision_feature_layers=(-1,)
+    )
 
 
 def smolvlm() -> Llava:
     vision = tower(class_token=False, pool="mean")
-    return Llava(vision, LinearProjector(88, 24, pixel_shuffle=2, bias=False), llama("llama"), VOCAB - 1, layers=None)
+    return Llava(
+        vision,
+        LinearProjector(88, 24, pixel_shuffle=2, bias=False),
+        llama("llama"),
+        VOCAB - 1,
+        vision_feature_layers=None,
+    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
-    "clip": lambda: tower(patches=ViTPatchConfig(bias=False, norm=True), output=ViTOutputConfig("pooled")),
+    "clip": lambda: tower(patches=ViTPatchConfig(bias=False, pre_norm=True), output=ViTOutputConfig("pooled")),
     "siglip2": lambda: tower(
         class_token=False, pool="attention", patches=ViTPatchConfig(pos_embed=ViTPosEmbedConfig((2, 2), "bilinear"))
     ),

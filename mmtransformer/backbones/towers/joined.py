@@ -53,12 +53,12 @@ class JoinedTowers(ViT):
             if chosen is not None and (not chosen or any(not -tower.depth <= i < tower.depth for i in chosen)):
                 raise ValueError(f"tokens behind blocks {chosen} are to be read, but there are {tower.depth}")
             self.dim += tower.dim * (1 if chosen is None else len(chosen))
-        self.image_size, self.patch_size, self.grid = first.image_size, first.patch_size, first.grid
-        if second is not None and (second.grid != first.grid or second.image_size != first.image_size):
+        self.image_size, self.patch_size, self.grid_size = first.image_size, first.patch_size, first.grid_size
+        if second is not None and (second.grid_size != first.grid_size or second.image_size != first.image_size):
             raise ValueError(
-                f"the first tower cuts {first.image_size} px into {first.grid} patches, the second {second.image_size} "
-                f"px into {second.grid}: load the second with image_size {first.image_size}, and one of patches of the "
-                f"same size"
+                f"the first tower cuts {first.image_size} px into {first.grid_size} patches, the second "
+                f"{second.image_size} px into {second.grid_size}: load the second with image_size {first.image_size}, "
+                f"and one of patches of the same size"
             )
         self.depth, self.num_heads = first.depth, first.num_heads
         self.class_token, self.num_registers, self.num_prefix_tokens, self.num_classes = False, 0, 0, 0
@@ -111,7 +111,11 @@ class JoinedTowers(ViT):
         """See `ViT.set_input_size`; of both towers."""
         for tower, _ in self.towers():
             tower.set_input_size(image_size)
-        self.image_size, self.grid, self.transform = self.first.image_size, self.first.grid, self.first.transform
+        self.image_size, self.grid_size, self.transform = (
+            self.first.image_size,
+            self.first.grid_size,
+            self.first.transform,
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `ViT.set_grad_checkpointing`; of both towers."""

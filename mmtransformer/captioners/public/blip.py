@@ -30,8 +30,8 @@ class BlipVQA(Captioner):
 
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
-        question: the text encoder, whose `cross_dim` is the vision encoder's dim.
-        decoder: the text decoder, whose `cross_dim` is the question encoder's dim.
+        question: the text encoder, whose `context_dim` is the vision encoder's dim.
+        decoder: the text decoder, whose `context_dim` is the question encoder's dim.
         freeze_vision: see `Captioner`.
 
     Raises:
@@ -42,10 +42,10 @@ class BlipVQA(Captioner):
         self, vision: ViT, question: TextEncoder, decoder: TextDecoder, *, freeze_vision: bool = False
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if question.cross_dim != vision.dim or decoder.cross_dim != question.dim:
+        if question.context_dim != vision.dim or decoder.context_dim != question.dim:
             raise ValueError(
-                f"the question encoder's cross_dim ({question.cross_dim}) must be the vision encoder's dim "
-                f"({vision.dim}), and the decoder's ({decoder.cross_dim}) the question encoder's ({question.dim})"
+                f"the question encoder's context_dim ({question.context_dim}) must be the vision encoder's dim "
+                f"({vision.dim}), and the decoder's ({decoder.context_dim}) the question encoder's ({question.dim})"
             )
         self.unread = (*(name for name in self.unread if name not in INSTRUCTION), "image_mask")
         self.question, self.decoder = question, decoder
@@ -67,7 +67,7 @@ class BlipVQA(Captioner):
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d) of right-padded answers."""
         questions, real = self.read_questions(batch)
-        return self.decoder(batch.tokens, questions, context_attention_mask=real)
+        return self.decoder(batch.tokens, questions, context_mask=real)
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
@@ -76,9 +76,7 @@ class BlipVQA(Captioner):
         questions, real = self.read_questions(batch)
         state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        hidden = self.decoder(
-            batch.tokens, questions, attention_mask=attention_mask, context_attention_mask=real, state=state
-        )
+        hidden = self.decoder(batch.tokens, questions, attention_mask=attention_mask, context_mask=real, state=state)
         return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
 
     @torch.no_grad()
@@ -100,7 +98,7 @@ class BlipITM(Pretrained, nn.Module):
 
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
-        text: the text encoder, whose `cross_dim` is the vision encoder's dim.
+        text: the text encoder, whose `context_dim` is the vision encoder's dim.
         embed_dim: width e of the vectors that are compared.
 
     Raises:
@@ -109,9 +107,9 @@ class BlipITM(Pretrained, nn.Module):
 
     def __init__(self, vision: ViT, text: TextEncoder, *, embed_dim: int = 256) -> None:
         super().__init__()
-        if text.cross_dim != vision.dim:
+        if text.context_dim != vision.dim:
             raise ValueError(
-                f"the text encoder's cross_dim ({text.cross_dim}) must be the vision encoder's dim ({vision.dim})"
+                f"the text encoder's context_dim ({text.context_dim}) must be the vision encoder's dim ({vision.dim})"
             )
         self.vision, self.text, self.embed_dim = vision, text, embed_dim
         self.itm_head = Linear(text.dim, 2)

@@ -49,8 +49,10 @@ class Git(Captioner):
         freeze_decoder: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if decoder.cross_dim is not None:
-            raise ValueError(f"GIT's decoder reads images as tokens: its cross_dim is None, not {decoder.cross_dim}")
+        if decoder.context_dim is not None:
+            raise ValueError(
+                f"GIT's decoder reads images as tokens: its context_dim is None, not {decoder.context_dim}"
+            )
         if num_frames is not None and num_frames < 2:
             raise ValueError(f"num_frames ({num_frames}) must be at least 2: one image alone has no order")
         self.decoder = freeze(decoder) if freeze_decoder else decoder

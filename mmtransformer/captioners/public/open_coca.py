@@ -35,12 +35,12 @@ class CrossBlock(nn.Module):
         dim: width of a token, and of the context's.
         num_heads: attention heads.
         activation: of the MLP.
-        eps: of the norms.
+        norm_eps: of the norms.
     """
 
-    def __init__(self, dim: int, num_heads: int, activation: Activation, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, activation: Activation, norm_eps: float) -> None:
         super().__init__()
-        self.norm1, self.norm_context, self.norm2 = (nn.LayerNorm(dim, eps=eps) for _ in range(3))
+        self.norm1, self.norm_context, self.norm2 = (nn.LayerNorm(dim, eps=norm_eps) for _ in range(3))
         self.attn, self.mlp = Attention(dim, num_heads), MLP(dim, 4 * dim, activation=activation)
 
     def project_context(self, context: Tensor) -> KeyValue:
@@ -73,7 +73,7 @@ class OpenCoCa(Captioner):
         num_queries: queries of the pool, the contrast's included.
         pool_heads: heads of the pool.
         activation: of the text's MLPs.
-        eps: of all norms behind the vision encoder.
+        norm_eps: of all norms behind the vision encoder.
         freeze_vision: see `Captioner`.
 
     Raises:
@@ -93,7 +93,7 @@ class OpenCoCa(Captioner):
         num_queries: int = 256,
         pool_heads: int = 8,
         activation: Activation = "gelu",
-        eps: float = 1e-5,
+        norm_eps: float = 1e-5,
         freeze_vision: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
@@ -102,14 +102,14 @@ class OpenCoCa(Captioner):
         self._vocab_size, self.dim, self.depth, self.decoder_depth = vocab_size, dim, depth, decoder_depth
         self.num_heads, self._max_len, self.num_queries, self.pool_heads = num_heads, max_len, num_queries, pool_heads
         self.activation: Activation = activation
-        self.eps = eps
-        norm = partial(nn.LayerNorm, dim, eps=eps)
+        self.norm_eps = norm_eps
+        norm = partial(nn.LayerNorm, dim, eps=norm_eps)
 
         def block() -> DecoderBlock:
             return DecoderBlock(dim, Attention(dim, num_heads), MLP(dim, 4 * dim, activation=activation), norm)
 
         self.queries = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
-        self.norm_queries, self.norm_visual = norm(), nn.LayerNorm(vision.dim, eps=eps)
+        self.norm_queries, self.norm_visual = norm(), nn.LayerNorm(vision.dim, eps=norm_eps)
         self.pool, self.norm_pooled = Attention(dim, pool_heads, context_dim=vision.dim), norm()
         self.image_proj = Linear(dim, dim, bias=False)
         self.tok_embed = nn.Embedding(vocab_size, dim)
@@ -118,7 +118,9 @@ class OpenCoCa(Captioner):
         self.text_blocks = nn.ModuleList(block() for _ in range(depth))
         self.text_norm, self.text_proj = norm(), Linear(dim, dim, bias=False)
         self.blocks = nn.ModuleList(block() for _ in range(decoder_depth))
-        self.cross_blocks = nn.ModuleList(CrossBlock(dim, num_heads, activation, eps) for _ in range(decoder_depth))
+        self.cross_blocks = nn.ModuleList(
+            CrossBlock(dim, num_heads, activation, norm_eps) for _ in range(decoder_depth)
+        )
         self.last_norm, self.lm_head = norm(), Linear(dim, vocab_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).log().neg())
         for parameter in self.contrast_parameters():

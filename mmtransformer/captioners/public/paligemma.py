@@ -47,10 +47,10 @@ class PaliGemma(Captioner):
         freeze_decoder: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        patches = vision.grid[0] * vision.grid[1]
-        if decoder.cross_dim is not None or patches >= decoder.max_len:
+        patches = vision.grid_size[0] * vision.grid_size[1]
+        if decoder.context_dim is not None or patches >= decoder.max_len:
             raise ValueError(
-                f"PaliGemma's decoder has no cross_dim ({decoder.cross_dim}), and room for text behind {patches} "
+                f"PaliGemma's decoder has no context_dim ({decoder.context_dim}), and room for text behind {patches} "
                 f"patches in {decoder.max_len} positions"
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
@@ -60,7 +60,7 @@ class PaliGemma(Captioner):
     @property
     def max_len(self) -> int:
         """Most text tokens of a row beside one image, prompt included."""
-        return self.decoder.max_len - self.vision.grid[0] * self.vision.grid[1]
+        return self.decoder.max_len - self.vision.grid_size[0] * self.vision.grid_size[1]
 
     def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
         """What stands before the text: the patches of an image, projected, (b i p e)."""

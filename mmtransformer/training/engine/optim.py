@@ -31,7 +31,8 @@ class Optim:
         lr_schedule: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the
             length of the run (Vaswani et al. 2017; their peak is `noam_peak`).
         min_lr_ratio: What is left of the peak at the end of the cosine.
-        ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
+        ema_decay: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 =
+            none.
         nonfinite: What happens at a step whose loss or gradient is NaN or infinite: "stop" ends the run, "skip" leaves
             the weights as they are and counts the step (10 in a row end the run all the same).
         layer_decay: In every tower a layer learns at the rate of the one above it times this, as timm's layer decay; 1
@@ -49,7 +50,7 @@ class Optim:
     warmup_steps: int = 100
     lr_schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
     min_lr_ratio: float = 0.01
-    ema: float = 0.0
+    ema_decay: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"
     layer_decay: float = 1.0
     lr_scales: Mapping[str, float] | None = None
@@ -62,8 +63,10 @@ class Optim:
         for name in ("lr", "weight_decay", "min_lr_ratio"):
             if not 0.0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"optim.{name} ({value}) must be a number of at least 0")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(
+                f"optim.ema_decay ({self.ema_decay}) must be at least 0 and below 1; 0.999 is usual, 0 takes none"
+            )
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"optim.layer_decay ({self.layer_decay}) must be above 0 and at most 1; 0.75 is usual")
         for part, scale in (self.lr_scales or {}).items():

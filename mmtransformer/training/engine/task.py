@@ -123,7 +123,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average, if there is one."""
-        return [EMA(self.optim.ema)] if self.optim.ema else []
+        return [EMA(self.optim.ema_decay)] if self.optim.ema_decay else []
 
     def configure_model(self) -> None:
         """Shares the weights out among the processes, with the strategy `Sharded`."""

@@ -55,7 +55,7 @@ def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Caption
 
 def prefix(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
     """An MLP, patches in front of the text, merged until they leave half the room to it; `size` is its width."""
-    gh, gw = vision.grid
+    gh, gw = vision.grid_size
     fits = (s for s in range(1, gh + 1) if not (gh % s or gw % s) and 2 * gh * gw // s**2 <= decoder.max_len)
     pixel_shuffle = next(fits, gh)
     return PrefixCaptioner(vision, decoder, hidden_dim=size, pixel_shuffle=pixel_shuffle, **frozen)

@@ -74,7 +74,7 @@ class Classification(Task[ClassData]):
                 f"out, and the head is made for the data"
             )
         height, width = data.transform.size
-        self.vit.grid_size(height, width)
+        self.vit.dynamic_feat_size(height, width)
         if self.freeze_vit:
             self.vit.requires_grad_(False)
             self.vit.head.requires_grad_(True)

@@ -67,8 +67,8 @@ class LanguageModeling(Task[TextData]):
         """
         if not isinstance(self.decoder, Pretrained):
             raise ValueError(f"a {type(self.decoder).__name__} cannot be saved; train a TextDecoder")
-        if getattr(self.decoder, "cross_dim", None) is not None:
-            raise ValueError("a language model has no pictures to look at: leave the decoder's cross_dim out")
+        if getattr(self.decoder, "context_dim", None) is not None:
+            raise ValueError("a language model has no pictures to look at: leave the decoder's context_dim out")
         data = self.data
         if data is None:
             return

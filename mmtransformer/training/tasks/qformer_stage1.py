@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Output, SumAndCount
+from mmtransformer.captioners.base import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.captioners.blip2_qformer import TERMS, Blip2QFormer
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
@@ -84,7 +84,7 @@ class QFormerStage1(Captioning):
         if self.data is not None:
             refuse_empty_captions(self.data, testing=stage == "test")
 
-    def output(self, batch: CaptionBatch, *, training: bool) -> Output:
+    def output(self, batch: CaptionBatch, *, training: bool) -> ModelOutput:
         """The three losses of a batch; smoothed, and with new negatives each step, in training."""
         step = (self.trainer.global_step, self._micro) if training else (0, -1)
         return self.captioner(

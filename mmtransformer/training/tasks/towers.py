@@ -32,7 +32,7 @@ def fit_widths(config: Any) -> list[str]:
         if hasattr(part, "init_args")
     ]
     if not found and hasattr(decoder := getattr(config, "decoder", None), "init_args"):
-        found.append(("decoder", "cross_dim", decoder))
+        found.append(("decoder", "context_dim", decoder))
     for name, key, part in found:
         if isinstance(old := part.init_args.get(key), int) and old != width:
             part.init_args[key] = width

@@ -188,8 +188,8 @@ def unread_by(captioner: Captioner) -> set[nn.Parameter]:
     """What no caption depends on: the vision encoder's pooling and classes, its blocks behind the one that is read."""
     vision = captioner.vision
     parts = [getattr(vision, "attn_pool", None), getattr(vision, "head", None), getattr(vision, "pool_norm", None)]
-    if isinstance(captioner, Llava) and captioner.layers is not None:
-        last = max(layer % vision.depth for layer in captioner.layers)
+    if isinstance(captioner, Llava) and captioner.vision_feature_layers is not None:
+        last = max(layer % vision.depth for layer in captioner.vision_feature_layers)
         parts += [vision.norm, *vision.blocks[last + 1 :]]
     contrast = getattr(captioner, "contrast_parameters", list)()  # of a CoCa
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()} | {*contrast}

@@ -98,10 +98,10 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     vision = vision_from_blip2(config["vision_config"], _take(state, "vision_model.", keep=True), context)
     text, encoder, decoder = config["text_config"], None, None
     if words := _take(state, "text_encoder."):
-        encoder = cross_encoder_from_bert(text, words, f"{context}, text encoder", cross_dim=vision.dim)
+        encoder = cross_encoder_from_bert(text, words, f"{context}, text encoder", context_dim=vision.dim)
     if (words := _take(state, "text_decoder.")) or encoder is None:
         reads = vision.dim if encoder is None else encoder.dim
-        decoder = decoder_from_bert(text, words, f"{context}, text decoder", cross_dim=reads)
+        decoder = decoder_from_bert(text, words, f"{context}, text decoder", context_dim=reads)
     model: Blip
     if decoder is None:
         assert encoder is not None

@@ -79,7 +79,7 @@ INSTRUCTION_PROMPT = "A short image description:"
 
 _QFORMER = {source: target for source, target in SIZES.items() if target != "vocab_size"} | {
     "hidden_dropout_prob": "dropout",
-    "layer_norm_eps": "eps",
+    "layer_norm_eps": "norm_eps",
     "cross_attention_frequency": "cross_attention_frequency",
 }
 

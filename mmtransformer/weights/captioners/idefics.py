@@ -176,11 +176,11 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "gated.head_dim": (model.gated.head_dim, decoder.dim // decoder.num_heads),
             "cross_layers": (model.cross_layers, list(range(0, decoder.depth, every))),
             "gated.mlp_without_image": (model.gated.mlp_without_image, True),
-            "patches_only": (model.patches_only, False),
+            "keep_prefix_tokens": (model.keep_prefix_tokens, True),
             "decoder.num_kv_heads": (text["num_key_value_heads"], decoder.num_heads),
             "decoder.bias": (text["attention_bias"], False),
             "vision.output.norm": (vision.output.norm, "none"),
-            "vision.patches.norm": (vision.patches.norm, True),
+            "vision.patches.pre_norm": (vision.patches.pre_norm, True),
             "vision.num_prefix_tokens": (vision.num_prefix_tokens, 1),
             "vision.image_size": (vision.image_size, (vision.image_size[0],) * 2),
             "first new token": (decoder.vocab_size if longer is None else longer.first, decoder.vocab_size),
@@ -315,7 +315,7 @@ def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> V
     vision = ViT(
         config["image_size"],
         **read_sizes(config, _VISION_SIZES, context),
-        patches=ViTPatchConfig(config["num_channels"], bias=False, norm=True),
+        patches=ViTPatchConfig(config["num_channels"], bias=False, pre_norm=True),
         block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
         output=ViTOutputConfig("none"),
     )

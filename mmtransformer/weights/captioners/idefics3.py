@@ -55,14 +55,14 @@ def idefics3_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     tower = _USUAL_VISION | config.get("vision_config", {})
     tower |= {"model_type": "siglip_vision_model", "vision_use_head": False}
     vision = vision_from_clip(tower, parts["vision"], f"{context}, vision tower")
-    _check_grid(vision.grid, context)
+    _check_grid(vision.grid_size, context)
     text = {"model_type": "llama", "rms_norm_eps": 1e-5} | config.get("text_config", {})
     only(text, context, {"qk_layer_norms": False})
     tied = config["tie_word_embeddings"]
     decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
     connector = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
     fill(connector, _PROJ, parts["connector"], f"{context}, projector")
-    return Llava(vision, connector, decoder, config["image_token_id"], layers=None).eval()
+    return Llava(vision, connector, decoder, config["image_token_id"], vision_feature_layers=None).eval()
 
 
 def _check_grid(grid: tuple[int, int], context: str) -> None:
@@ -93,14 +93,14 @@ def idefics3_to_transformers(model: Llava, family: str = "smolvlm") -> tuple[dic
         context,
         {
             "connector.bias": (model.connector.bias, False),
-            "layers": (model.layers, None),
-            "keep_class": (model.keep_class, False),
+            "vision_feature_layers": (model.vision_feature_layers, None),
+            "keep_prefix_tokens": (model.keep_prefix_tokens, False),
             "class_token": (vision.class_token, False),
             "pool": (vision.pool, "mean"),
             "tiles": (model.tiles.pinpoints, ()),
         },
     )
-    _check_grid(vision.grid, context)
+    _check_grid(vision.grid_size, context)
     tower, vision_tensors = vision_to_clip(vision)
     text, text_tensors = language_model_to(model.decoder, context)
     config = {

@@ -106,8 +106,9 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         connector,
         decoder,
         config["image_token_index"],
-        layers=tuple(layer if layer < 0 else layer - 1 for layer in layers),  # There, 0 stands before the first block.
-        keep_class=keep and vision.class_token,
+        # There, 0 stands before the first block.
+        vision_feature_layers=tuple(layer if layer < 0 else layer - 1 for layer in layers),
+        keep_prefix_tokens=keep and vision.class_token,
         tiles=_tiles(config, context),
     )
     fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "connector.", "decoder."))
@@ -151,7 +152,7 @@ def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tenso
     connector, tiles, vision = model.connector, model.tiles, model.vision
     kind = "llava_onevision" if tiles.single_only else "llava_next" if tiles.pinpoints else "llava"
     context = f"transformers' {_CLASSES[kind]}"
-    if not isinstance(connector, MLPProjector) or model.layers is None:
+    if not isinstance(connector, MLPProjector) or model.vision_feature_layers is None:
         raise ValueError(f"{context} has an MLPProjector that reads tokens before the last norm")
     only_these(
         context,
@@ -159,22 +160,22 @@ def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tenso
             "connector.pre_norm": (connector.pre_norm, False),
             "connector.pixel_shuffle": (connector.pixel_shuffle, 1),
             "connector.hidden_dim": (connector.hidden_dim, connector.dim),
-            "keep_class": (model.keep_class, model.keep_class and vision.class_token),
+            "keep_prefix_tokens": (model.keep_prefix_tokens, model.keep_prefix_tokens and vision.class_token),
             "tiles.max_tiles": (bool(tiles.max_tiles), tiles.single_only),
         },
     )
     tower, vision_tensors = vision_to_clip(vision)
     text, text_tensors = language_model_to(model.decoder, context)
-    layers = [layer if layer < 0 else layer + 1 for layer in model.layers]
+    layers = [layer if layer < 0 else layer + 1 for layer in model.vision_feature_layers]
     config: dict[str, Any] = {
         "model_type": kind,
         "architectures": [_CLASSES[kind]],
         "vision_config": tower,
         "text_config": text,
         "image_token_index": model.image_token_id,
-        "image_seq_length": vision.grid[0] * vision.grid[1],
+        "image_seq_length": vision.grid_size[0] * vision.grid_size[1],
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
-        "vision_feature_select_strategy": "full" if model.keep_class or not vision.class_token else "default",
+        "vision_feature_select_strategy": "full" if model.keep_prefix_tokens or not vision.class_token else "default",
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": connector.bias,
         "tie_word_embeddings": text["tie_word_embeddings"],

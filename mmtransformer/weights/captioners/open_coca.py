@@ -96,7 +96,7 @@ def open_coca_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
         vision["width"],
         vision["layers"],
         vision["width"] // vision["head_width"],
-        patches=ViTPatchConfig(bias=False, norm=True),
+        patches=ViTPatchConfig(bias=False, pre_norm=True),
         block=ViTBlockConfig(activation, _EPS),
         output=ViTOutputConfig("none"),
     )
@@ -112,7 +112,7 @@ def open_coca_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
         num_queries=vision["attn_pooler_queries"],
         pool_heads=vision["attn_pooler_heads"],
         activation=activation,
-        eps=_EPS,
+        norm_eps=_EPS,
     )
     rest = {n: t for n, t in state.items() if not n.endswith("attn_mask") and n.removeprefix("visual.") not in tower}
     rest = {n: t.T.contiguous() if n in _TURNED else t for n, t in rest.items()}
@@ -145,11 +145,11 @@ def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, T
             "num_registers": (vision.num_registers, 0),
             "block": (vision.block, ViTBlockConfig(model.activation, _EPS)),
             "activation": (model.activation in ("gelu", "quick_gelu"), True),
-            "patches": (vision.patches, ViTPatchConfig(bias=False, norm=True)),
+            "patches": (vision.patches, ViTPatchConfig(bias=False, pre_norm=True)),
             "output": (vision.output, ViTOutputConfig("none")),
             "mlp_dim": (vision.mlp_dim, 4 * vision.dim),
             "image_size": (vision.image_size, (side, side)),
-            "eps": (model.eps, _EPS),
+            "norm_eps": (model.norm_eps, _EPS),
         },
     )
     config = {

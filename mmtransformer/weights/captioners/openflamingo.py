@@ -130,7 +130,7 @@ def from_openflamingo(
             mlp_without_image=True,
         ),
         visible_images=visible_images,
-        patches_only=True,
+        keep_prefix_tokens=False,
     )
     fill(model.gated_blocks, _block_keys(layers), gated, context)
     return model.eval()

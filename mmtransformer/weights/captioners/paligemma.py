@@ -94,7 +94,7 @@ def paligemma_to_transformers(model: PaliGemma) -> tuple[dict[str, Any], dict[st
         "model_type": "paligemma",
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "vision_config": vision | {"projection_dim": model.decoder.dim},
-        "text_config": text | {"num_image_tokens": model.vision.grid[0] * model.vision.grid[1]},
+        "text_config": text | {"num_image_tokens": model.vision.grid_size[0] * model.vision.grid_size[1]},
         "projection_dim": model.decoder.dim,
         "hidden_size": model.decoder.dim,
         "vocab_size": model.vocab_size,

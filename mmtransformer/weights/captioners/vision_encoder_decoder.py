@@ -82,7 +82,7 @@ def vision_encoder_decoder_from_state(
         text["tie_word_embeddings"] = text.get("tie_word_embeddings", True) and not own
         decoder = decoder_from_gpt2(text | {"add_cross_attention": True}, words, f"{context}, decoder")
     else:
-        decoder = decoder_from_bert(text, words, f"{context}, decoder", cross_dim=dim)
+        decoder = decoder_from_bert(text, words, f"{context}, decoder", context_dim=dim)
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.", "decoder."))}
     connector = None if vision.dim == dim else LinearConnector(vision.dim, dim)
     fill(nn.Identity() if connector is None else connector, _PROJ, rest, context)
@@ -96,8 +96,8 @@ def to_vision_encoder_decoder(model: VisionEncoderDecoder) -> tuple[dict[str, An
         ValueError: if a part has no counterpart there.
     """
     decoder, connector = model.decoder, model.connector
-    if decoder.cross_dim != decoder.dim:
-        raise ValueError(f"{_NAME} has cross_dim equal to dim ({decoder.dim}), not {decoder.cross_dim}")
+    if decoder.context_dim != decoder.dim:
+        raise ValueError(f"{_NAME} has context_dim equal to dim ({decoder.dim}), not {decoder.context_dim}")
     vision, tensors = vision_to_vit(model.vision)
     state = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
     if connector is not None:

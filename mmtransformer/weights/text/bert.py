@@ -99,7 +99,7 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
 
 
 def cross_encoder_from_bert(
-    config: dict[str, Any], state: dict[str, Tensor], context: str, *, cross_dim: int
+    config: dict[str, Any], state: dict[str, Tensor], context: str, *, context_dim: int
 ) -> TextEncoder:
     """A `TextEncoder` that can read a context, without token types and heads: BLIP's.
 
@@ -107,7 +107,7 @@ def cross_encoder_from_bert(
         config: its configuration.
         state: tensors named as in `BertModel`.
         context: what they come from, for errors.
-        cross_dim: width of the context's tokens.
+        context_dim: width of the context's tokens.
 
     Raises:
         ValueError: for a variant that differs in more than its size, and tensors that do not fit.
@@ -115,7 +115,7 @@ def cross_encoder_from_bert(
     encoder = TextEncoder(
         **read_sizes(config, SIZES, context),
         num_types=0,
-        cross_dim=cross_dim,
+        context_dim=context_dim,
         activation=activation_of(config, "hidden_act", context),
         norm_eps=config["layer_norm_eps"],
         pooler=False,
@@ -153,7 +153,7 @@ def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def decoder_from_bert(
-    config: dict[str, Any], state: dict[str, Tensor], context: str, *, cross_dim: int | None
+    config: dict[str, Any], state: dict[str, Tensor], context: str, *, context_dim: int | None
 ) -> TextDecoder:
     """A `TextDecoder` with the weights of a BERT that looks back only (BLIP's, or a `BertLMHeadModel`).
 
@@ -161,14 +161,14 @@ def decoder_from_bert(
         config: its configuration.
         state: tensors named as in `BertLMHeadModel`; all tokens are of type 0, which is added to their positions.
         context: what they come from, for errors.
-        cross_dim: width of the tokens that cross-attention reads; None = it has none.
+        context_dim: width of the tokens that cross-attention reads; None = it has none.
 
     Raises:
         ValueError: for a variant that differs in more than its size, and tensors that do not fit.
     """
     decoder = TextDecoder(
         **read_sizes(config, SIZES, context),
-        cross_dim=cross_dim,
+        context_dim=context_dim,
         mlp=MLPConfig(activation_of(config, "hidden_act", context)),
         norm=NormConfig(eps=config.get("layer_norm_eps", 1e-12), pre=False, embed=True),
         mlm_head=True,

@@ -96,7 +96,7 @@ def _full_interval(config: dict[str, Any], context: str) -> int:
 def gemma_of(decoder: TextDecoder) -> list[str]:
     """The one of the families that a decoder can be written as, or none."""
     d, own = decoder, decoder.attention
-    plain = own.qk_norm is None and own.out_bias in (None, own.bias) and d.cross_dim is None and not d.mlm_head
+    plain = own.qk_norm is None and own.out_bias in (None, own.bias) and d.context_dim is None and not d.mlm_head
     shape = (d.norm.kind, d.norm.pre, d.norm.embed, d.mlp.activation, d.positions.kind, d.positions.nope_interval)
     scaled = d.positions.embed_scale == d.dim**0.5
     if not plain or not scaled or shape != ("rms_offset", True, False, "geglu_tanh", "rotary", None):

@@ -62,7 +62,7 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
     decoder = TextDecoder(
         **sizes,
         mlp_dim=config.get("n_inner"),
-        cross_dim=sizes["dim"] if config.get("add_cross_attention") else None,
+        context_dim=sizes["dim"] if config.get("add_cross_attention") else None,
         mlp=MLPConfig(activation),
         norm=NormConfig(eps=config.get("layer_norm_epsilon", 1e-5)),
         tied=config.get("tie_word_embeddings", True),
@@ -74,7 +74,7 @@ def is_gpt2(decoder: TextDecoder) -> bool:
     """Whether a decoder can be written as GPT-2."""
     heads, width = (decoder.num_heads, None), (decoder.dim // decoder.num_heads, None)
     attention = [AttentionConfig(h, c, out_bias=out) for h in heads for c in width for out in (None, True)]
-    crosses = decoder.cross_dim is None or (decoder.cross_dim == decoder.dim and decoder.cross_layer_interval == 1)
+    crosses = decoder.context_dim is None or (decoder.context_dim == decoder.dim and decoder.cross_layer_interval == 1)
     mlp = decoder.mlp.activation in SOURCE_ACTIVATIONS and decoder.mlp.bias
     shape = decoder.norm == NormConfig(eps=decoder.norm.eps) and decoder.positions == PositionConfig()
     shape = shape and decoder.logit_softcap is None
@@ -89,8 +89,9 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
     """
     if not is_gpt2(decoder):
         raise ValueError(
-            f"only a decoder of GPT-2's kind can be written as GPT-2; this has cross_dim {decoder.cross_dim}, every "
-            f"{decoder.cross_layer_interval}, {decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
+            f"only a decoder of GPT-2's kind can be written as GPT-2; this has "
+            f"context_dim {decoder.context_dim}, every {decoder.cross_layer_interval}, {decoder.attention}, "
+            f"{decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     return decoder_tensors(decoder, _KEYS, "GPT-2", transposed=_TRANSPOSED)
 
@@ -104,6 +105,6 @@ def gpt2_config(decoder: TextDecoder) -> dict[str, Any]:
         "n_inner": decoder.mlp_dim,
         "layer_norm_epsilon": decoder.norm.eps,
         "activation_function": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]
-        "add_cross_attention": decoder.cross_dim is not None,
+        "add_cross_attention": decoder.context_dim is not None,
         "tie_word_embeddings": decoder.tied,
     }

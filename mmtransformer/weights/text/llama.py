@@ -153,7 +153,7 @@ def _biases(decoder: TextDecoder) -> str:
 def llamas_of(decoder: TextDecoder) -> list[str]:
     """Which of the families a decoder can be written as, the plainest first."""
     d, attention, positions, bias = decoder, decoder.attention, decoder.positions, _biases(decoder)
-    shape = (d.norm.kind, d.norm.pre, d.mlp.activation, positions.kind, positions.embed_scale, d.cross_dim)
+    shape = (d.norm.kind, d.norm.pre, d.mlp.activation, positions.kind, positions.embed_scale, d.context_dim)
     more = (d.norm.embed, d.norm.post, attention.softcap, attention.scale_dim, attention.full_interval, d.logit_softcap)
     if shape != ("rms", True, "swiglu", "rotary", 1.0, None) or any(more):
         return []
@@ -177,8 +177,8 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
     """
     if not llamas_of(decoder):
         raise ValueError(
-            f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has "
-            f"cross_dim {decoder.cross_dim}, {decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
+            f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has context_dim "
+            f"{decoder.context_dim}, {decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     return decoder_tensors(decoder, _KEYS, "Llama")
 

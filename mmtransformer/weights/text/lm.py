@@ -112,7 +112,7 @@ def load_lm(
     first: int | None = None,
     dtype: DType = "float32",
     lora_rank: int = 0,
-    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+    lora_target_modules: Sequence[str] = ("q_proj", "v_proj"),
 ) -> Decoder:
     """A language model in evaluation mode, from what is there: for recipes (`mmtransformer.weights.load_lm`).
 
@@ -129,7 +129,7 @@ def load_lm(
             the tokens, stays in float32.
         lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A
             captioner must then not freeze the model itself (freeze_decoder: false).
-        lora_targets: ends of the names of the layers that get them.
+        lora_target_modules: ends of the names of the layers that get them.
 
     Raises:
         ValueError: naming what is missing or does not fit.
@@ -141,7 +141,7 @@ def load_lm(
         )
     decoder = _load(find_folder(source))
     if lora_rank:
-        add_lora(decoder, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
+        add_lora(decoder, lora_target_modules, rank=lora_rank, alpha=2.0 * lora_rank)
     whole = ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
     cast_frozen(decoder, dtype)
     return whole

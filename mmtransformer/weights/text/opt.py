@@ -77,7 +77,7 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
     """
     if not is_opt(decoder):
         raise ValueError(
-            f"only a decoder of OPT's kind can be written as OPT; this one has cross_dim {decoder.cross_dim}, "
+            f"only a decoder of OPT's kind can be written as OPT; this one has context_dim {decoder.context_dim}, "
             f"{decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     source = decoder_tensors(decoder, _KEYS, "OPT")
@@ -87,7 +87,7 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
 
 def is_opt(decoder: TextDecoder) -> bool:
     """Whether a decoder can be written as OPT."""
-    return is_gpt2(decoder) and decoder.cross_dim is None and decoder.norm.eps == 1e-5
+    return is_gpt2(decoder) and decoder.context_dim is None and decoder.norm.eps == 1e-5
 
 
 def opt_config(decoder: TextDecoder) -> dict[str, Any]:

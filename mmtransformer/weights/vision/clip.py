@@ -106,7 +106,7 @@ def vision_from_clip(
         **read_sizes(config, TOWER_SIZES, context),
         class_token=clip,
         pool="class" if clip else "attention" if pooled else "mean",
-        patches=ViTPatchConfig(channels, bias=not clip, norm=clip),
+        patches=ViTPatchConfig(channels, bias=not clip, pre_norm=clip),
         block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
         output=ViTOutputConfig(norm if clip else "tokens"),
     )
@@ -129,7 +129,7 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     clip, block = vit.class_token, vit.block
     name = "CLIP's vision tower" if clip else "SigLIP's vision tower"
     same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
-    patches = ViTPatchConfig(vit.patches.in_channels, bias=not clip, norm=clip, dropout=vit.patches.dropout)
+    patches = ViTPatchConfig(vit.patches.in_channels, bias=not clip, pre_norm=clip, dropout=vit.patches.dropout)
     norm = "tokens" if vit.output.norm == "tokens" or not clip else "pooled"
     only_these(
         name,

@@ -43,7 +43,7 @@ def load_vit(
     keep_head: bool = False,
     dtype: DType = "float32",
     lora_rank: int = 0,
-    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+    lora_target_modules: Sequence[str] = ("q_proj", "v_proj"),
 ) -> ViT:
     """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.weights.load_vit`).
 
@@ -62,7 +62,7 @@ def load_vit(
         dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
         lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A
             captioner must then not freeze the tower itself (freeze_vision: false).
-        lora_targets: ends of the names of the layers that get them.
+        lora_target_modules: ends of the names of the layers that get them.
 
     Raises:
         ValueError: naming what is missing or does not fit.
@@ -91,7 +91,7 @@ def load_vit(
     if image_size is not None:
         vit.set_input_size(image_size)
     if lora_rank:
-        add_lora(vit, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
+        add_lora(vit, lora_target_modules, rank=lora_rank, alpha=2.0 * lora_rank)
     cast_frozen(vit, dtype)
     return freeze_module(vit) if freeze else vit
 

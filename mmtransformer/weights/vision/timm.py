@@ -157,7 +157,7 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
         patches=ViTPatchConfig(
             channels,
             bias="patch_embed.proj.bias" in state,
-            norm="norm_pre.weight" in state,
+            pre_norm="norm_pre.weight" in state,
             embed_norm="patch_embed.norm.weight" in state,
             pos_embed=settings.pos_embed,
         ),
@@ -246,11 +246,11 @@ def timm_config(vit: ViT) -> dict[str, Any]:
         ("rms", 1e-5, True): "aimv2_large_patch14_224",
     }
     kind = (block.norm, block.norm_eps, gated)
-    if kind not in known or vit.patches.bias == vit.patches.norm or block.order != "pre":
+    if kind not in known or vit.patches.bias == vit.patches.pre_norm or block.order != "pre":
         raise ValueError(
             f"timm has names for ViTs of the kinds (norm, norm_eps, gated) {', '.join(map(str, known))}, with pre-norm "
             f"blocks and biases of patches where there is no norm before the blocks; this has {kind}, "
-            f"order {block.order}, bias {vit.patches.bias}, norm {vit.patches.norm}"
+            f"order {block.order}, bias {vit.patches.bias}, pre_norm {vit.patches.pre_norm}"
         )
     if vit.patches.embed_norm != (block.norm == "rms") or (gated and vit.pool == "attention"):
         raise ValueError(
@@ -277,7 +277,7 @@ def timm_config(vit: ViT) -> dict[str, Any]:
             "init_values": block.layer_scale,
             "class_token": vit.class_token,
             "reg_tokens": vit.num_registers,
-            "pre_norm": vit.patches.norm,
+            "pre_norm": vit.patches.pre_norm,
             "final_norm": vit.output.norm != "none",
             "fc_norm": vit.output.norm == "pooled",
             "pool_include_prefix": vit.output.pool_prefix,

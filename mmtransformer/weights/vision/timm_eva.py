@@ -80,7 +80,7 @@ def from_eva(model: Any) -> ViT:
             model.patch_embed.proj.in_channels,
             bias="patch_embed.proj.bias" in state,
             positions="none" if model.pos_embed is None else "learned",
-            norm="norm_pre.weight" in state,
+            pre_norm="norm_pre.weight" in state,
         ),
         block=config,
         rope=_rope_of(model.rope, context),

@@ -39,7 +39,7 @@ def towers() -> tuple[ViT, ViT]:
 def test_channels_are_the_chosen_blocks_of_both() -> None:
     (first, second), pixels = towers(), torch.randn(2, 3, 24, 24)
     joined = JoinedTowers(first, second, layers=(-2, -1), second_layers=(0,))
-    assert (joined.dim, joined.grid, joined.num_prefix_tokens) == (24 + 24 + 20, (3, 3), 0)
+    assert (joined.dim, joined.grid_size, joined.num_prefix_tokens) == (24 + 24 + 20, (3, 3), 0)
     found = joined.forward_features(pixels).split((24, 24, 20), dim=-1)
     before, last = (x[:, 2:] for x in first.tokens_after(pixels, [1, 2]))
     for part, wanted in zip(found, (before, last, second.tokens_after(pixels, [0])[0]), strict=True):
@@ -50,7 +50,7 @@ def test_channels_are_the_chosen_blocks_of_both() -> None:
     wide = torch.randn(1, 3, 16, 40)
     assert JoinedTowers(first, second).forward_features(wide).shape == (1, 10, 44)
     joined.set_input_size((16, 40))
-    assert (joined.grid, second.grid, joined.image_size) == ((2, 5), (2, 5), (16, 40))
+    assert (joined.grid_size, second.grid_size, joined.image_size) == ((2, 5), (2, 5), (16, 40))
 
 
 @torch.no_grad()
@@ -72,14 +72,14 @@ def connectors(vision: ViT) -> list[Captioner]:
     d = vision.dim
     plain: dict[str, Any] = {"max_len": 29}
     return [
-        VisionEncoderDecoder(vision, TextDecoder(31, 24, 1, 4, cross_dim=d, **plain)),
+        VisionEncoderDecoder(vision, TextDecoder(31, 24, 1, 4, context_dim=d, **plain)),
         VisionEncoderDecoder(
-            vision, TextDecoder(31, 24, 1, 4, cross_dim=16, **plain), connector=TransformerConnector(d, 16, 1, 2)
+            vision, TextDecoder(31, 24, 1, 4, context_dim=16, **plain), connector=TransformerConnector(d, 16, 1, 2)
         ),
         Flamingo(vision, TextDecoder(31, 24, 2, 4, **plain), connector=PerceiverResampler(d, 1, 2, 8, 4)),
         PrefixCaptioner(vision, TextDecoder(31, 24, 1, 4, **plain), freeze_decoder=False),
-        Llava(vision, MLPProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, layers=None),
-        Llava(vision, LinearProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, layers=None),
+        Llava(vision, MLPProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, vision_feature_layers=None),
+        Llava(vision, LinearProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, vision_feature_layers=None),
     ]
 
 

@@ -732,7 +732,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
 def test_a_model_that_does_not_read_where_images_stand_is_refused(tmp_path: Path) -> None:
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
-    captioner = VisionEncoderDecoder(vision, TextDecoder(300, 12, 1, 2, max_len=64, cross_dim=12))
+    captioner = VisionEncoderDecoder(vision, TextDecoder(300, 12, 1, 2, max_len=64, context_dim=12))
     trainer = lightning.Trainer(
         max_steps=1, num_sanity_val_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,

@@ -193,7 +193,7 @@ def test_a_run_is_watched(tmp_path: Path) -> None:
         accelerator="cpu", enable_progress_bar=False, max_steps=3, callbacks=[watch], limit_val_batches=0,
         default_root_dir=tmp_path, **arguments,
     )  # fmt: skip
-    task = Captioning(tiny.captioner(freeze_vision=True), optim=Optim(ema=0.9))
+    task = Captioning(tiny.captioner(freeze_vision=True), optim=Optim(ema_decay=0.9))
     trainer.fit(task, datamodule=tiny.scenes())
     needs = watch.needs
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
@@ -254,7 +254,7 @@ def test_a_recipe_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(RECIPES / "caption_scenes.yaml"), "--config", str(RECIPES / "tiny.yaml"), *small]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert run("plan", [*words, "--data.batch_size=8", "--model.optim.ema=0.9"]) == 0
+        assert run("plan", [*words, "--data.batch_size=8", "--model.optim.ema_decay=0.9"]) == 0
     sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
     out = capsys.readouterr().out
     assert out.count("precision: ") == 1  # and not once a trial

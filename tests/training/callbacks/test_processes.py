@@ -65,7 +65,7 @@ def start(folder: Path, *more: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.cross_dim": 48}
+    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.context_dim": 48}
     words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
     words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
     words += [f"--data.source.{key}" for key in ("train_size=400", "val_size=5", "compositional_size=1")]

@@ -42,7 +42,7 @@ def model(*, freeze_vision: bool = False) -> VisionEncoderDecoder:
     """Without dropout, which every process draws for itself."""
     torch.manual_seed(3)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean")
-    decoder = TextDecoder(tiny.VOCAB, 24, 1, 2, max_len=60, cross_dim=24)
+    decoder = TextDecoder(tiny.VOCAB, 24, 1, 2, max_len=60, context_dim=24)
     return VisionEncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
@@ -61,7 +61,7 @@ def fit(
 ) -> Captioning:
     """Trains on 19 pictures an epoch: the last batch is uneven, and one process gets none of it."""
     warnings.simplefilter("ignore")
-    optim = Optim(lr=0.003, warmup_steps=3, ema=0.9)
+    optim = Optim(lr=0.003, warmup_steps=3, ema_decay=0.9)
     captioner = model(freeze_vision=freeze_vision).double()
     data = tiny.scenes(batch_size, train_size=19, splits=Splits(val=["val"]))
     precision, plugins, looks = "64-true", [], 0
@@ -302,11 +302,11 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
 
 def test_mmt_shares_weights_out(folder: Path) -> None:
     """As one asks for it, in float64; and one process goes on."""
-    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.cross_dim": 48}
+    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.context_dim": 48}
     words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
     words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
     words += [f"--data.source.{key}" for key in ("train_size=12", "val_size=5", "compositional_size=1")]
-    optim = {"kind": "adamw", "ema": 0.9, "warmup_steps": 2, "lr_schedule": "inverse_sqrt"}
+    optim = {"kind": "adamw", "ema_decay": 0.9, "warmup_steps": 2, "lr_schedule": "inverse_sqrt"}
     words += [f"--model.optim.{key}={value}" for key, value in optim.items()]
     words += ["--trainer.precision=64-true", "--trainer.gradient_clip_val=0.5"]
     words += ["--model.captioner.freeze_vision=true"]  # whose hash is that of float64

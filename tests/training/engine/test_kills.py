@@ -24,7 +24,7 @@ TIMED = re.compile("second|mfu|memory")
 def fit(folder: Path, delay: float | None, *more: str) -> int:
     """A whole run, 12 batches in two epochs with two validations each, and its end; killed after so many seconds."""
     sizes = {"vision.depth": 1, "vision.dim": 24, "vision.num_heads": 3}
-    sizes |= {"decoder.depth": 1, "decoder.dim": 24, "decoder.num_heads": 3, "decoder.cross_dim": 24}
+    sizes |= {"decoder.depth": 1, "decoder.dim": 24, "decoder.num_heads": 3, "decoder.context_dim": 24}
     words = ["fit", "--config", "caption_scenes", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
     words += [f"--model.captioner.{name}={size}" for name, size in sizes.items()]
     words += ["--model.generation.max_new_tokens=12", "--model.image_ablation_batches=2", "--data.batch_size=4"]

@@ -53,7 +53,7 @@ def test_warmup_and_cosine() -> None:
 
 
 def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_nadamw() -> None:
-    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, context_dim=16), freeze_vision=True)
     optimizer = muon(model, lr=0.01)
     # With plain momentum the scenes are learnt later.
     assert all(group["nesterov"] for group in optimizer.param_groups)
@@ -159,7 +159,7 @@ def test_layer_decay_is_timms() -> None:
             )
             for p in group["params"]
         }
-        ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=ViTPatchConfig(norm=pre_norm, bias=not pre_norm))
+        ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=ViTPatchConfig(pre_norm=pre_norm, bias=not pre_norm))
         optimizer = Optim(lr=0.01, weight_decay=0.3, layer_decay=0.7).build(ours)
         mine = {id(p): (g["lr"] / 0.01, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         seen = set()
@@ -174,7 +174,7 @@ def test_layer_decay_is_timms() -> None:
 
 
 def test_parts_learn_at_rates_of_their_own() -> None:
-    model = VisionEncoderDecoder(ViT(16, 8, 16, 2, 2), TextDecoder(31, 16, 2, 2, cross_dim=16))
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 2, 2), TextDecoder(31, 16, 2, 2, context_dim=16))
     scales = lr_scales(model, 0.5, {"vision": 0.1, "vision.norm": 0.2, "decoder": 3.0})
     assert scales["vision.norm.weight"] == 0.2
     assert scales["vision.blocks.1.attn.q_proj.weight"] == 0.1

@@ -38,7 +38,7 @@ def fit(folder: Path, steps: int, *looks: pl.Callback, resume: bool = False) -> 
     captioner, modes = tiny.captioner(freeze_vision=True), Modes()
     captioner.vision.blocks[0].train()
     captioner.decoder.eval()
-    module = Captioning(captioner, optim=Optim(lr=0.01, ema=0.5, lr_schedule="inverse_sqrt"))
+    module = Captioning(captioner, optim=Optim(lr=0.01, ema_decay=0.5, lr_schedule="inverse_sqrt"))
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
         num_sanity_val_steps=0, default_root_dir=folder, callbacks=[modes, Saving(every_steps=1), *looks],
@@ -120,7 +120,7 @@ def coca() -> CoCa:
     return CoCa(
         vit(),
         lm(),
-        lm(cross_dim=24, positions=PositionConfig("rotary")),
+        lm(context_dim=24, positions=PositionConfig("rotary")),
         num_queries=5,
         num_heads=2,
         contrastive_weight=0.0,
@@ -134,7 +134,7 @@ def instructed() -> Blip2:
 
 UNEVEN: dict[str, Callable[[], Captioner]] = {
     "a contrast that counts for nothing": coca,
-    "a pool that a captioner passes by": lambda: VisionEncoderDecoder(vit(pool="attention"), lm(cross_dim=24)),
+    "a pool that a captioner passes by": lambda: VisionEncoderDecoder(vit(pool="attention"), lm(context_dim=24)),
     "the last text MLP of a Q-Former": instructed,
     "a gated block that sees no image": lambda: Flamingo(vit(), lm(), visible_images="none", freeze_decoder=False),
 }

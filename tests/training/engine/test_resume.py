@@ -126,7 +126,7 @@ def test_killed_and_resumed_is_the_unbroken_run(tmp_path: Path, unbroken: Any, n
 def mmt_fit(folder: Path, *more: str) -> int:
     """A whole run, 12 batches in two epochs with two validations each, and its end; in a forked process."""
     sizes = {"vision.depth": 1, "vision.dim": 24, "vision.num_heads": 3}
-    sizes |= {"decoder.depth": 1, "decoder.dim": 24, "decoder.num_heads": 3, "decoder.cross_dim": 24}
+    sizes |= {"decoder.depth": 1, "decoder.dim": 24, "decoder.num_heads": 3, "decoder.context_dim": 24}
     words = ["fit", "--config", "caption_scenes", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
     words += [f"--model.captioner.{name}={size}" for name, size in sizes.items()]
     words += ["--model.generation.max_new_tokens=3", "--model.image_ablation_batches=2", "--data.batch_size=4"]
@@ -457,7 +457,7 @@ def test_mmt_fit_resumes_by_itself(
     words = ["fit", "--config", str(ROOT / "recipes/caption_scenes.yaml")]
     words += ["--config", str(ROOT / "recipes/tiny.yaml"), f"--trainer.default_root_dir={tmp_path}"]
     words += ["--data.source.train_size=12", "--data.source.val_size=3", "--data.source.compositional_size=2"]
-    words += ["--trainer.enable_progress_bar=false", "--model.optim.ema=0.9"]
+    words += ["--trainer.enable_progress_bar=false", "--model.optim.ema_decay=0.9"]
 
     def mmt(*more: str) -> tuple[int, str]:
         def job() -> None:

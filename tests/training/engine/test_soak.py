@@ -63,7 +63,7 @@ def test_twenty_thousand_steps_keep_memory_and_handles_flat(tmp_path: Path) -> N
         default_root_dir=tmp_path, max_steps=STEPS, num_sanity_val_steps=0, check_val_every_n_epoch=None,
         val_check_interval=STEPS // 100, limit_val_batches=1, callbacks=[look, Saving(every_steps=STEPS // 200)],
     )  # fmt: skip
-    module = Captioning(tiny.captioner(), optim=Optim(lr=1e-3, ema=0.9))
+    module = Captioning(tiny.captioner(), optim=Optim(lr=1e-3, ema_decay=0.9))
     trainer.fit(module, datamodule=tiny.scenes(2, train_size=41, augment=None, loader=LoaderConfig(num_workers=2)))
     assert trainer.global_step == STEPS
     _, memory, files, shared = zip(*look.seen[2:], strict=True)

@@ -97,7 +97,7 @@ def test_a_recipe_whose_language_model_has_a_connector_within_it_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = RECIPE.replace("PrefixCaptioner", "VisionEncoderDecoder").replace("hidden_dim: 2000", "")
-    recipe = recipe.replace("        pixel_shuffle: 2\n", "").replace("max_len: 110}", "max_len: 110, cross_dim: 32}")
+    recipe = recipe.replace("        pixel_shuffle: 2\n", "").replace("max_len: 110}", "max_len: 110, context_dim: 32}")
     Path("recipe.yaml").write_text(recipe, "utf-8")
     assert main(["ablate", "--config", "recipe.yaml", "--connectors", "prefix"]) == 2
     assert "needs one that reads text alone, as that of flamingo_scenes" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_drawings_are_read_as_true_pictures_are(monkeypatch: pytest.MonkeyPatch)
     tokenizer = Tokenizer.train(["a red star"], 300, languages=["en", "ko"])
     torch.manual_seed(0)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig())
-    model = VisionEncoderDecoder(vision, TextDecoder(tokenizer.vocab_size, 24, 1, 2, max_len=60, cross_dim=24))
+    model = VisionEncoderDecoder(vision, TextDecoder(tokenizer.vocab_size, 24, 1, 2, max_len=60, context_dim=24))
     captioner = ImageCaptioner(model, tokenizer, ImageTransform(32), device="cpu")
     known = {image.tobytes(): i for i, image in enumerate(true)}
 

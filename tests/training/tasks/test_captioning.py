@@ -36,7 +36,7 @@ def lightning_is_quiet() -> None:
 def captioner(vocab: int = VOCAB, patch: int = 8) -> VisionEncoderDecoder:
     torch.manual_seed(3)
     vision = ViT(32, patch, 24, 1, 3, class_token=False, pool="mean")
-    return VisionEncoderDecoder(vision, TextDecoder(vocab, 24, 1, 2, max_len=60, cross_dim=24))
+    return VisionEncoderDecoder(vision, TextDecoder(vocab, 24, 1, 2, max_len=60, context_dim=24))
 
 
 def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
@@ -214,7 +214,7 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
-    optims = [Optim(lr=0.01, warmup_steps=0, ema=decay) for decay in (0.0, 0.999)]
+    optims = [Optim(lr=0.01, warmup_steps=0, ema_decay=decay) for decay in (0.0, 0.999)]
     plain, averaged = (Captioning(captioner(), optim=optim) for optim in optims)
     for module in (plain, averaged):
         trainer(tmp_path).fit(module, datamodule=scenes())

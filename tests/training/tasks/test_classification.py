@@ -327,7 +327,7 @@ def test_a_folder_is_classified_and_what_is_no_picture_ends_nothing(
 
 def test_what_is_no_classifier_says_what_it_is_for(tmp_path: Path) -> None:
     TextDecoder(97, 16, 1, 2).save_pretrained(tmp_path / "lm")
-    VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(97, 16, 1, 2, cross_dim=16)).save_pretrained(
+    VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(97, 16, 1, 2, context_dim=16)).save_pretrained(
         tmp_path / "cap"
     )
     ViT(32, 8, 16, 1, 2).save_pretrained(tmp_path / "vit")

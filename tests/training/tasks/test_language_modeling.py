@@ -328,7 +328,7 @@ def test_errors_name_the_numbers(tmp_path: Path) -> None:
         fit(LanguageModeling(TextDecoder(280, 16, 1, 2, max_len=40)), data_of())
     with pytest.raises(ValueError, match=r"data.max_len \(40\) is more than the 30"):
         fit(LanguageModeling(TextDecoder(VOCAB, 16, 1, 2, max_len=30)), data_of())
-    with pytest.raises(ValueError, match="leave the decoder's cross_dim out"):
-        fit(LanguageModeling(TextDecoder(VOCAB, 16, 1, 2, max_len=40, cross_dim=8)), data_of())
+    with pytest.raises(ValueError, match="leave the decoder's context_dim out"):
+        fit(LanguageModeling(TextDecoder(VOCAB, 16, 1, 2, max_len=40, context_dim=8)), data_of())
     with pytest.raises(ValueError, match=r"baseline_orders \[2, 0\]"):
         LanguageModeling(decoder_of(), baseline_orders=(2, 0))

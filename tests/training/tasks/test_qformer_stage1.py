@@ -321,7 +321,7 @@ def test_an_empty_caption_is_refused(tmp_path: Path) -> None:
 def test_an_empty_caption_is_refused_by_coca_while_it_contrasts(tmp_path: Path) -> None:
     def coca(weight: float) -> CoCa:
         text = TextDecoder(VOCAB, 16, 1, 2, max_len=90)
-        upper = TextDecoder(VOCAB, 16, 1, 2, max_len=90, cross_dim=24, positions=PositionConfig("rotary"))
+        upper = TextDecoder(VOCAB, 16, 1, 2, max_len=90, context_dim=24, positions=PositionConfig("rotary"))
         return CoCa(ViT(32, 8, 24, 1, 3), text, upper, num_queries=3, embed_dim=8, contrastive_weight=weight)
 
     data = scenes(WithAnEmptyCaption())

@@ -55,7 +55,7 @@ def test_the_width_of_a_tower_before_it_is_loaded(tmp_path: Path) -> None:
     vit = ViT(16, 8, 20, 1, 4)
     vit.save_pretrained(tmp_path / "ours")
     save_vit(vit, tmp_path / "timm")
-    VisionEncoderDecoder(vit, TextDecoder(31, 24, 1, 4, cross_dim=20)).save_pretrained(tmp_path / "captioner")
+    VisionEncoderDecoder(vit, TextDecoder(31, 24, 1, 4, context_dim=20)).save_pretrained(tmp_path / "captioner")
     sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
     found = [tower_width(tmp_path / name) for name in ("ours", "timm", "captioner", "siglip")]
@@ -68,18 +68,18 @@ def test_parts_that_read_a_tower_get_its_width(tmp_path: Path) -> None:
     inner = Namespace(
         vision=vision,
         connector=part("TransformerConnector", visual_dim=192, dim=32),
-        decoder=part("TextDecoder", cross_dim=32),
+        decoder=part("TextDecoder", context_dim=32),
     )
     said = fit_widths(Namespace(init_args=Namespace(captioner=Namespace(init_args=inner))))
     assert said == [f"connector.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
-    assert (inner.connector.init_args.visual_dim, inner.decoder.init_args.cross_dim) == (20, 32)
+    assert (inner.connector.init_args.visual_dim, inner.decoder.init_args.context_dim) == (20, 32)
     flamingo = Namespace(vision=vision, connector=part("PerceiverResampler", dim=192), decoder=part("HubDecoder"))
     assert fit_widths(flamingo) == [f"connector.dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
-    bare = Namespace(vision=vision, decoder=part("TextDecoder", cross_dim=192))
+    bare = Namespace(vision=vision, decoder=part("TextDecoder", context_dim=192))
     assert len(fit_widths(bare)) == 1
-    assert bare.decoder.init_args.cross_dim == 20
+    assert bare.decoder.init_args.context_dim == 20
     assert fit_widths(bare) == []
-    own = Namespace(vision=part("ViT", dim=8), decoder=part("TextDecoder", cross_dim=192))
+    own = Namespace(vision=part("ViT", dim=8), decoder=part("TextDecoder", context_dim=192))
     assert fit_widths(own) == []  # A wrong one of ours is an error, as before.
 
 

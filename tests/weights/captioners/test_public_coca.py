@@ -33,7 +33,7 @@ def folder(path: Path, shape: str = "narrower") -> OpenCoCa:
     vocab, merges = clip_vocabulary()
     torch.manual_seed(1)
     vision = ViT(
-        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, norm=True), block=ViTBlockConfig(activation, 1e-5),
+        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, pre_norm=True), block=ViTBlockConfig(activation, 1e-5),
         output=ViTOutputConfig("none"),
     )  # fmt: skip
     model = OpenCoCa(

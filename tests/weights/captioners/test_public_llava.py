@@ -205,7 +205,7 @@ def test_words_heat_maps_and_whole_prompts(case: tuple[Any, Any, Path]) -> None:
     said = ours(image, prompt="what is this?", max_new_tokens=5)[0][0]
     assert said == ours(image, prompt=spoken(processor, "what is this?"), max_new_tokens=5)[0][0]
     heat = ours.heatmap(image, said, ours.prompt_builder("what is this?"))
-    assert heat.shape == (len(said.words), *ours.model.vision.grid)
+    assert heat.shape == (len(said.words), *ours.model.vision.grid_size)
     assert (heat >= 0).all()
     with pytest.raises(ValueError, match="a prompt has one <image> for its picture, this one has 2"):
         ours(image, prompt="<image> and <image>")

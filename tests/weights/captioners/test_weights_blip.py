@@ -232,7 +232,7 @@ def test_refusals(tmp_path: Path) -> None:
     ours = from_blip(theirs)
     with pytest.raises(ValueError, match=r"bos_token_id \(30522\) must be one of the model's 53 ids"):
         save_blip(ours, tmp_path / "out")
-    other = VisionEncoderDecoder(ours.vision, type(ours.decoder)(VOCAB, 20, 1, 5, cross_dim=24))
+    other = VisionEncoderDecoder(ours.vision, type(ours.decoder)(VOCAB, 20, 1, 5, context_dim=24))
     with pytest.raises(ValueError, match="mlm_head=False"):
         save_blip(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()

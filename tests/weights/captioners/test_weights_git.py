@@ -195,7 +195,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(ValueError, match='model_type is "blip", not "git"'):
         load_git(tmp_path)
-    with pytest.raises(ValueError, match="its cross_dim is None, not 12"):
-        Git(tower, TextDecoder(VOCAB, 12, 1, 2, cross_dim=12))
+    with pytest.raises(ValueError, match="its context_dim is None, not 12"):
+        Git(tower, TextDecoder(VOCAB, 12, 1, 2, context_dim=12))
     with pytest.raises(ValueError, match=r"num_frames \(1\) must be at least 2"):
         Git(tower, text, num_frames=1)

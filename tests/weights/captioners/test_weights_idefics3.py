@@ -74,7 +74,7 @@ def inputs(ours: Llava, *, left: bool) -> tuple[CaptionBatch, dict[str, Any]]:
     """Prompts of unequal lengths with 1, 3 and 2 tiles, each tile's placeholders behind a marker."""
     generator, side = torch.Generator().manual_seed(5), ours.vision.image_size[0]
     count, numbers = (
-        ours.vision.grid[0] * ours.vision.grid[1] // ours.connector.pixel_shuffle**2,
+        ours.vision.grid_size[0] * ours.vision.grid_size[1] // ours.connector.pixel_shuffle**2,
         torch.tensor([1, 3, 2]),
     )
     texts = []
@@ -172,9 +172,9 @@ def test_refused(tmp_path: Path) -> None:
     linear, mlp = LinearProjector(12, 24, pixel_shuffle=2, bias=False), MLPProjector(12, 24, pre_norm=False)
     for model, said in (
         (Llava(plain, mlp, decoder, IMAGE), "has a LinearProjector, not a MLPProjector"),
-        (Llava(plain, linear, decoder, IMAGE, layers=(-1,)), r"layers=\(-1,\)"),
-        (Llava(tower, linear, decoder, IMAGE, layers=None), "class_token=True"),
-        (Llava(plain, linear, decoder, IMAGE, layers=None), "a decoder of Llama's kind=False"),
+        (Llava(plain, linear, decoder, IMAGE, layers=(-1,)), r"vision_feature_layers=\(-1,\)"),
+        (Llava(tower, linear, decoder, IMAGE, vision_feature_layers=None), "class_token=True"),
+        (Llava(plain, linear, decoder, IMAGE, vision_feature_layers=None), "a decoder of Llama's kind=False"),
     ):
         with pytest.raises(ValueError, match=said):
             save_idefics3(model, tmp_path / "none")

@@ -119,11 +119,11 @@ SIZES = [(33, 70), (90, 40), (41, 42), (200, 30)]  # of pictures, px: a pinpoint
 def inputs(ours: Llava, rows: int = 3, answer: int = 0) -> tuple[TiledBatch, dict[str, Any]]:
     """Prompts of unequal lengths padded on the left, a picture amid each; with an answer behind, on the right."""
     generator = torch.Generator().manual_seed(5)
-    side, grid = ours.vision.image_size[0], ours.vision.grid
+    side, grid = ours.vision.image_size[0], ours.vision.grid_size
     sizes = SIZES[:rows]
     tiles = [(0, 0)] * rows if not ours.tiles.pinpoints else [ours.tiles.tiles(size, (side, side)) for size in sizes]
     if not ours.tiles.pinpoints:
-        counts = [grid[0] * grid[1] + int(ours.keep_class)] * rows
+        counts = [grid[0] * grid[1] + int(ours.keep_prefix_tokens)] * rows
     else:
         counts = [ours.tiles.num_tokens(size, t, grid) for size, t in zip(sizes, tiles, strict=True)]
     texts = []
@@ -160,7 +160,7 @@ def test_logits(theirs: Any, tmp_path: Path) -> None:
     want, found = theirs(**given).logits, ours.logits(batch)
     torch.testing.assert_close(found[batch.attention_mask], want[batch.attention_mask], atol=3e-5, rtol=1e-5)
     maps = ours.attention_map(batch)
-    assert maps.shape == (3, batch.tokens.shape[1], 1, *ours.vision.grid)
+    assert maps.shape == (3, batch.tokens.shape[1], 1, *ours.vision.grid_size)
     seen = maps.sum((2, 3, 4))
     assert (seen[:, -1] > 0.01).all()
     assert (seen < 1 + 1e-5).all()
@@ -319,7 +319,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing: newline"):
         llava_from_state(config, state, "here")
     for options, said in (
-        ({"layers": None}, "reads tokens before the last norm"),
+        ({"vision_feature_layers": None}, "reads tokens before the last norm"),
         ({"connector": LinearProjector(12, 24)}, "has an MLPProjector"),
         ({"connector": MLPProjector(12, 24)}, "connector.pre_norm=True"),
         ({"connector": MLPProjector(12, 24, 25, pre_norm=False)}, "connector.hidden_dim=25"),
@@ -328,9 +328,9 @@ def test_refused(tmp_path: Path) -> None:
             save_llava(small(**options), tmp_path / "none")
     assert not (tmp_path / "none").exists()
     for options, said in (
-        ({"layers": (-1, -2)}, "goes from 12 to 24, but the vision encoder's tokens have 24 channels"),
-        ({"layers": (2,)}, r"behind blocks \(2,\) are to be read, but there are 2"),
-        ({"tiles": TileConfig(((16, 32),)), "keep_class": True}, "no keep_class"),
+        ({"vision_feature_layers": (-1, -2)}, "goes from 12 to 24, but the vision encoder's tokens have 24 channels"),
+        ({"vision_feature_layers": (2,)}, r"behind blocks \(2,\) are to be read, but there are 2"),
+        ({"tiles": TileConfig(((16, 32),)), "keep_prefix_tokens": True}, "no keep_prefix_tokens"),
     ):
         with pytest.raises(ValueError, match=said):
             small(**options)

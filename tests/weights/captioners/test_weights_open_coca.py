@@ -29,7 +29,7 @@ VOCAB, END = 53, 7
 def coca(width: int = 24, activation: Any = "gelu") -> OpenCoCa:
     torch.manual_seed(1)
     vision = ViT(
-        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, norm=True), block=ViTBlockConfig(activation, 1e-5),
+        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, pre_norm=True), block=ViTBlockConfig(activation, 1e-5),
         output=ViTOutputConfig("none"),
     )  # fmt: skip
     heads = width // 8

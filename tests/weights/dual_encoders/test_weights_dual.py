@@ -198,7 +198,7 @@ def test_half_precision(kind: str, half: torch.dtype, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_open_clip_there_and_back(tmp_path: Path) -> None:
     """open_clip itself is compared by hand; its names are those of OpenAI's release, written out here."""
-    vit = ViT(21, 7, 24, 2, 4, mlp_dim=36, patches=ViTPatchConfig(bias=False, norm=True),
+    vit = ViT(21, 7, 24, 2, 4, mlp_dim=36, patches=ViTPatchConfig(bias=False, pre_norm=True),
               block=ViTBlockConfig("quick_gelu", 1e-5), output=ViTOutputConfig("pooled"))  # fmt: skip
     ours = noisy(CLIP(vit, TextTower(53, 20, 3, 2, max_len=11, mlp_dim=60, activation="quick_gelu"), embed_dim=13))
     save_open_clip(ours, tmp_path)

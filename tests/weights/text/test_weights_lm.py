@@ -366,7 +366,7 @@ LLAMA_GROUPS: dict[str, Any] = {
     [
         ({"positions": PositionConfig("rotary")}, "rotary"),
         (LLAMA_GROUPS | {"attention": AttentionConfig(out_bias=False, qk_norm="rms")}, "out_bias=False"),
-        (LLAMA_GROUPS | {"cross_dim": 19}, "cross_dim 19"),
+        (LLAMA_GROUPS | {"context_dim": 19}, "context_dim 19"),
         ({"norm": NormConfig(pre=False)}, "pre=False"),
     ],
     ids=str,

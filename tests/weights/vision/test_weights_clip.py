@@ -126,7 +126,7 @@ def test_refused(tmp_path: Path) -> None:
         (ViT(16, 8, 16, 1, 2), "has nothing like patches="),
         (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", num_registers=1), "num_registers=1"),
         (
-            ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(bias=False, norm=True), output=ViTOutputConfig("none")),
+            ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(bias=False, pre_norm=True), output=ViTOutputConfig("none")),
             "output=",
         ),
         (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", block=ViTBlockConfig("swiglu")), "activation=False"),

@@ -49,7 +49,7 @@ def naflex(**options: Any) -> Any:
 def test_vit_equals_naflexvit_at_every_size(name: str) -> None:
     theirs = naflex(**NAFLEX[name])
     ours = from_timm(theirs)
-    assert ours.table_grid == ours.grid == theirs.embeds.pos_embed_grid_size
+    assert ours.table_grid == ours.grid_size == theirs.embeds.pos_embed_grid_size
     for size in SIZES:
         pixels = torch.randn(2, 3, *size)
         torch.testing.assert_close(ours.forward_features(pixels), theirs.forward_features(pixels), atol=1e-5, rtol=1e-5)
@@ -61,7 +61,7 @@ def test_another_size_leaves_its_table_as_it_is_and_a_folder_keeps_how_it_is_res
     ours, pixels = from_timm(naflex(**NAFLEX["radio, corners"])), torch.randn(1, 3, 64, 24)
     before = ours(pixels)
     ours.set_input_size((64, 24))
-    assert (ours.grid, ours.table_grid, ours.image_size) == ((8, 3), (5, 3), (64, 24))
+    assert (ours.grid_size, ours.table_grid, ours.image_size) == ((8, 3), (5, 3), (64, 24))
     assert torch.equal(ours(pixels), before)
     ours.save_pretrained(tmp_path)
     again = ViT.from_pretrained(tmp_path)

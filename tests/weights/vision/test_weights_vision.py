@@ -117,7 +117,7 @@ def close(ours: Any, theirs: Any) -> None:
 def settings_of(vit: ViT) -> ViTSettings:
     order = "res_post" if vit.block.order == "res_post" else "pre"
     return ViTSettings(
-        vit.num_heads, vit.grid, vit.block.activation, vit.block.norm_eps, vit.pool, order, vit.output.pool_prefix
+        vit.num_heads, vit.grid_size, vit.block.activation, vit.block.norm_eps, vit.pool, order, vit.output.pool_prefix
     )
 
 
@@ -335,7 +335,7 @@ def test_a_folder_that_timm_reads(name: str, tmp_path: Path) -> None:
 
 def test_towers_that_timms_arguments_cannot_say_are_not_written(tmp_path: Path) -> None:
     for patches, block, message in (
-        (ViTPatchConfig(norm=True), ViTBlockConfig(), "where there is no norm before"),
+        (ViTPatchConfig(pre_norm=True), ViTBlockConfig(), "where there is no norm before"),
         (ViTPatchConfig(), ViTBlockConfig(norm_eps=1e-12), r"this has \('layer', 1e-12, False\)"),
         (ViTPatchConfig(), ViTBlockConfig(order="res_post"), "order res_post"),
         (ViTPatchConfig(embed_norm=True), ViTBlockConfig(), "this has embed_norm True"),
@@ -457,8 +457,8 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
         ({"mlp": MLPConfig("swiglu")}, "swiglu"),
         ({"attention": AttentionConfig(num_kv_heads=2)}, "num_kv_heads=2"),
         ({"attention": AttentionConfig(head_dim=5)}, "head_dim=5"),
-        ({"cross_dim": 19}, "cross_dim 19"),
-        ({"cross_dim": 24, "cross_layer_interval": 2}, "every 2"),
+        ({"context_dim": 19}, "context_dim 19"),
+        ({"context_dim": 24, "cross_layer_interval": 2}, "every 2"),
     ],
     ids=str,
 )
@@ -470,7 +470,7 @@ def test_only_decoders_of_gpt2s_kind_are_written_as_gpt2(options: dict[str, Any]
 def test_the_tower_of_a_saved_captioner(tmp_path: Path) -> None:
     torch.manual_seed(5)
     vision = ViT(16, 8, 20, 1, 4)
-    VisionEncoderDecoder(vision, TextDecoder(31, 20, 1, 4, cross_dim=20)).save_pretrained(tmp_path)
+    VisionEncoderDecoder(vision, TextDecoder(31, 20, 1, 4, context_dim=20)).save_pretrained(tmp_path)
     found = load_vit(str(tmp_path), freeze=True)
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(found.forward_features(pixels), vision.eval().forward_features(pixels))

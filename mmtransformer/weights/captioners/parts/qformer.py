@@ -121,7 +121,7 @@ def qformer_from_bert(
             cross_attention_frequency=cross_attention_frequency,
             **sizes,
             dropout=dropout,
-            eps=config.get("layer_norm_eps", 1e-12),
+            norm_eps=config.get("layer_norm_eps", 1e-12),
         )
         return init_from_bert(qformer, state)
 
