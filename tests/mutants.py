@@ -277,7 +277,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "metrics/bootstrap.py": ("metrics/test_metrics.py", [
         ("tail = (1 - confidence) / 2\n    low, high = np.quantile(scores",
          "tail = 1 - confidence\n    low, high = np.quantile(scores"),
-        ("p_values = (1 + extreme) / (1 + resamples)", "p_values = extreme / resamples"),
+        ("p_values = (1 + extreme) / (1 + n_resamples)", "p_values = extreme / n_resamples"),
         ("combine(second.sum(0)) - combine(first.sum(0))", "combine(first.sum(0)) - combine(second.sum(0))"),
     ]),
     "metrics/ngram.py": ("metrics/test_ngram.py", [

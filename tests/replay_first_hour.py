@@ -146,8 +146,8 @@ RUN = "fit --config caption_scenes --config tiny --data.source.train_size 64 --d
 RUN += "--data.source.compositional_size 8 --trainer.default_root_dir runs/first"
 MODEL = "--model runs/first/model"
 TUNE = "fit --config finetune_pairs --config tiny --model.init runs/first/model --data.source"
-ENGLISH = "--data.read.language en --trainer.default_root_dir runs/llava"
-GERMAN = "--data.read.language de --model.add_languages [de] --trainer.default_root_dir runs/de"
+ENGLISH = "--data.read.default_language en --trainer.default_root_dir runs/llava"
+GERMAN = "--data.read.default_language de --model.add_languages [de] --trainer.default_root_dir runs/de"
 CLIP = f"{RUN} ".replace("caption_scenes", "clip_scenes").replace("runs/first", "runs/clip").strip()
 PYTHON = (
     "import mmtransformer as mm; print(mm.weights.__name__, 'generation' in dir(mm)); "
@@ -200,9 +200,9 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check someone/photos.csv", 2, ("someone/photos.csv does not exist",)),
     (f"{TUNE} html {ENGLISH} --data.read.normalize html".replace("runs/llava", "runs/html"), 0, ("--language en",)),
     (f"{TUNE} llava {ENGLISH}", 0, ("left out, as the model is trained without prompts",)),
-    (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
+    (f"{TUNE} ids --data.read.default_language en", 0, ("--language en",)),
     (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
-    (f"{TUNE} ids --data.image.image_size 224", 2, ("data.image would have no effect",)),
+    (f"{TUNE} ids --data.transform.image_size 224", 2, ("data.transform would have no effect",)),
     (f"caption photos {MODEL} --out captions.jsonl", 1, ("24 pictures captioned", "bad_images_captions.txt")),
     (f"caption photos {MODEL} --out captions.jsonl", 1, ("0 pictures captioned", "24 had captions")),
     (f"caption @bad_images_captions.txt {MODEL} --out captions.jsonl", 2, ("broken.jpg",)),

@@ -95,7 +95,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="words that a public model captions after, in place of its own")
     add("--language", metavar="CODE", help="language of the captions, such as ko")
     add("--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples")
-    add("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
+    add("--num-shots", type=int, metavar="N", help="examples before each picture (4)")
     add("--nearest", action="store_true", help="choose the examples that are most like the picture, not random ones")
     add("--json", action="store_true", help="print one line of JSON per picture")
     add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
@@ -121,8 +121,8 @@ def _check(args: argparse.Namespace) -> None:
         check_place(args.heatmap, "--heatmap")
     if args.heatmap and args.devices > 1:
         raise ValueError("--heatmap is drawn by one process: leave out --devices")
-    if args.examples is None and (args.num_examples is not None or args.nearest):
-        raise ValueError("--num-examples and --nearest need examples to choose from: --examples FOLDER")
+    if args.examples is None and (args.num_shots is not None or args.nearest):
+        raise ValueError("--num-shots and --nearest need examples to choose from: --examples FOLDER")
     if args.overwrite and not args.out:
         raise ValueError("--overwrite writes captions anew, and none are written: --out OUT")
     if args.json and args.out:
@@ -210,7 +210,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
         model.model,
         model.tokenizer,
         model.transform,
-        num_examples=4 if args.num_examples is None else args.num_examples,
+        num_shots=4 if args.num_shots is None else args.num_shots,
         choose="nearest" if args.nearest else "random",
         seed=args.seed or 0,
     )

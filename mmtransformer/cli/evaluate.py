@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def run(name: str, words: Sequence[str]) -> int:
     """Scores a model; the exit code is 1 if some pictures could not be used."""
     args = _parser(name).parse_args(list(words))
-    if args.nearest and args.num_examples is None:
-        raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
+    if args.nearest and args.num_shots is None:
+        raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
     if args.overwrite and not args.predictions:
         raise ValueError("--overwrite captions anew what is in the file of --predictions, and none is named")
     if args.clip_prefix and not args.clip_score:
@@ -59,7 +59,7 @@ def run(name: str, words: Sequence[str]) -> int:
     model = _load(args, devices[0] if len(devices) == 1 else "cpu")
     source = _source(args, model, told=True)
     pairs = source.split(args.split)
-    if isinstance(pairs, PairSplit) and (model.processor is None or args.num_examples is not None):
+    if isinstance(pairs, PairSplit) and (model.processor is None or args.num_shots is not None):
         whole, pairs = len(pairs), pairs.without_follow_ups()
         if len(pairs) < whole:
             say(f"left out: {counted(whole - len(pairs), 'answer')} to later turns of conversations", file=sys.stderr)
@@ -68,7 +68,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if not model.tokenizer.languages and len(found) > 1:
         raise ValueError(
             f"the captions are in {len(found)} languages ({', '.join(map(str, found))}), and the model's tokenizer has "
-            f"no tags to ask for one of them; if all are of one, name it: --language CODE"
+            f"no tags to ask for one of them; if all are of one, name it: --default-language CODE"
         )
     codes = split_languages(model.tokenizer, tuple(found))
     file = _predictions(args, model)
@@ -110,7 +110,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     add("--split", default="val", help="which split (val)")
     add(
-        "--num-examples",
+        "--num-shots",
         type=int,
         metavar="N",
         help="show N training pictures with captions as examples before each picture",
@@ -160,7 +160,7 @@ def _caption(
             todo.append(i)
         for code, prediction in zip(references[i], earlier or (), strict=False):
             by[code or ANY].append(prediction)
-    if questions and (model.processor is None or args.num_examples is not None):
+    if questions and (model.processor is None or args.num_shots is not None):
         why = "reads no prompts" if model.processor is None else "reads examples in their place"
         say(
             f"left out, as the model {why}: questions about {len(questions):,} of {counted(count, 'picture')}",
@@ -216,12 +216,12 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
 def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "Prompts | None":
     from mmtransformer.pipelines.few_shot import FewShot
 
-    if args.num_examples is None:
+    if args.num_shots is None:
         return None
     examples = _source(args, model).split("train")
     choose = "nearest" if args.nearest else "random"
     parts = (examples, model.model, model.tokenizer, model.transform)
-    return FewShot(*parts, num_examples=args.num_examples, choose=choose)
+    return FewShot(*parts, num_shots=args.num_shots, choose=choose)
 
 
 def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = False) -> "PairSource[Pairs]":
@@ -243,7 +243,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
         return Scenes(image_size=max(model.transform.size))
     known = model.tokenizer.languages
     read = read_options(args)
-    read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
+    read = dataclasses.replace(read, default_language=read.default_language or (known[0] if known else None))
     source = open_pairs(
         args.data, read, max_bad_fraction=args.max_bad_fraction, splits=[args.split if told else "train"]
     )
@@ -263,7 +263,7 @@ def _predictions(args: argparse.Namespace, model: "ImageCaptioner") -> "Predicti
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "search": dataclasses.asdict(model.generation.updated(**generation_changes(args))),
         "read": dataclasses.asdict(read_options(args)),
-        **{name: getattr(args, name) for name in ("split", "num_examples", "nearest", "precision")},
+        **{name: getattr(args, name) for name in ("split", "num_shots", "nearest", "precision")},
     }
     path = Path(args.predictions) if args.predictions else None
     return PredictionFile(path, settings, overwrite=args.overwrite)

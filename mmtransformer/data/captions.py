@@ -43,9 +43,9 @@ class CaptionData(DataModule):
             folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip, tar or shards, whose format is detected. Of
             interleaved documents each picture is taken with the text that follows it.
         read: How a path is read, such as the names of columns, where that is not to be detected.
-        image: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where it is
-            a public one, else `ImageTransform()` at its size. A saved model that is fine-tuned brings its own.
-        resize: How a picture is made to fit, in place of the vision encoder's own way, where `image` is left out;
+        transform: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where
+            it is a public one, else `ImageTransform()` at its size. A saved model that is fine-tuned brings its own.
+        resize: How a picture is made to fit, in place of the vision encoder's own way, where `transform` is left out;
             "native" keeps its shape, with as many patches as the encoder has otherwise.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions. A
@@ -71,7 +71,7 @@ class CaptionData(DataModule):
         source: PairSource | str,
         *,
         read: ReadOptions = ReadOptions(),
-        image: ImageTransform | None = None,
+        transform: ImageTransform | None = None,
         resize: Resize | None = None,
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
@@ -96,10 +96,10 @@ class CaptionData(DataModule):
         self.processor: Processor | None = None
         self._opening: Callable[[str | None], Opening] | None = None
         self._tiled: Processor | None = None
-        if image is not None and resize is not None:
-            raise ValueError(f"data.resize ({resize}) would have no effect beside data.image: say image.resize")
-        self.transform = image or fitted(ImageTransform(), resize)
-        self.augment, self._own_transform = augment, image
+        if transform is not None and resize is not None:
+            raise ValueError(f"data.resize ({resize}) would have no effect beside data.transform: say transform.resize")
+        self.transform = transform or fitted(ImageTransform(), resize)
+        self.augment, self._own_transform = augment, transform
         self._resize: Resize | None = resize
         self.captions_per_image, self.cache_features = captions_per_image, cache_features
         self.max_len, self._own_max_len = MAX_LEN if max_len is None else max_len, max_len
@@ -115,7 +115,7 @@ class CaptionData(DataModule):
     def continue_from(
         self,
         tokenizer: Tokenizer,
-        image: ImageTransform,
+        transform: ImageTransform,
         processor: Processor | None = None,
         max_len: int | None = None,
     ) -> None:
@@ -123,7 +123,7 @@ class CaptionData(DataModule):
 
         Args:
             tokenizer: Its tokenizer.
-            image: Its transform.
+            transform: Its transform.
             processor: Of a public model: its prompts stand before the captions.
             max_len: The most tokens that it reads; None = any number.
 
@@ -139,12 +139,12 @@ class CaptionData(DataModule):
                 )
             self.max_len = max_len
             _log.warning("captions may have %d tokens, as many as the model of model.init reads", max_len)
-        if self._own_transform is not None and self._own_transform != image:
+        if self._own_transform is not None and self._own_transform != transform:
             raise ValueError(
-                f"data.image would have no effect: the model that is trained on reads pictures as {image}, not as "
-                f"{self._own_transform}; leave data.image out"
+                f"data.transform would have no effect: the model that is trained on reads pictures as {transform}, not "
+                f"as {self._own_transform}; leave data.transform out"
             )
-        self.tokenizer, self.transform, self.processor = tokenizer, image, processor
+        self.tokenizer, self.transform, self.processor = tokenizer, transform, processor
         self._opening, self._tiled = None, None
         if processor is not None:
             self._opening = partial(_opening, processor)
@@ -155,7 +155,7 @@ class CaptionData(DataModule):
         self._features, self._datasets = {}, {}
 
     def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
-        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how.
+        """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Args:
             own: Its transform.

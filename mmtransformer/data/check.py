@@ -228,7 +228,8 @@ def _one_colour(pixels: np.ndarray) -> bool:
 
 
 _REMEDIES = {
-    "missing picture": "put the pictures beside the manifest, or name their folder: --images FOLDER (data.read.images)",
+    "missing picture": "put the pictures beside the manifest, or name their folder: --image-folder FOLDER "
+    "(data.read.image_folder)",
     "refused path": "write paths relative to the manifest, inside the root",
     "ambiguous name": "write the folder before the name too, as in train/a.jpg",
     "picture in two splits": "give all rows of a picture the same split",

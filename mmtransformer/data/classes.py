@@ -123,7 +123,7 @@ class ClassData(DataModule):
     Args:
         source: Where the pictures come from, such as `ImageFolder` or `SceneShapes`; or a folder with a folder for each
             class.
-        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
+        transform: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         batch_size: Pictures in a batch of one process.
         loader: How samples are loaded and ordered, and how many may be unusable.
@@ -136,14 +136,14 @@ class ClassData(DataModule):
         self,
         source: ClassSource | str,
         *,
-        image: ImageTransform | None = None,
+        transform: ImageTransform | None = None,
         augment: Augment | None = None,
         batch_size: int = 64,
         loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
     ) -> None:
         super().__init__(batch_size=batch_size, loader=loader, splits=splits)
-        self.transform, self.augment = of_one_size(image or ImageTransform(), "classes are learnt from"), augment
+        self.transform, self.augment = of_one_size(transform or ImageTransform(), "classes are learnt from"), augment
         self.source: ClassSource = ImageFolder(source) if isinstance(source, str) else source
 
     @property

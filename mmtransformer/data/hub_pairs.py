@@ -121,8 +121,10 @@ class HubPairs:
             wanted |= {"train", "val"}
         elif not self._hashed:  # the val there is may not be read with train
             read = dataclasses.replace(read, val_fraction=0.0)
-        if self._opened and read.language is None and (known := self.languages):  # what is said of the first holds
-            read = dataclasses.replace(read, language="en" if "en" in known else known[0])
+        if (
+            self._opened and read.default_language is None and (known := self.languages)
+        ):  # what is said of the first holds
+            read = dataclasses.replace(read, default_language="en" if "en" in known else known[0])
         files = {file: split for file, split in self._files.items() if split in (None, *wanted)}
         source = self._open_files(_fetched(self._dataset, files), read)
         self._opened |= dict.fromkeys(wanted, source)

@@ -42,8 +42,8 @@ class InterleavedData(DataModule):
     Args:
         source: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
             `DocumentMixture` of some; or a folder, an archive or a file of documents.
-        image: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where it is
-            a public one, else `ImageTransform()` at its size.
+        transform: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where
+            it is a public one, else `ImageTransform()` at its size.
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
         tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
@@ -61,7 +61,7 @@ class InterleavedData(DataModule):
         self,
         source: DocumentSource | str,
         *,
-        image: ImageTransform | None = None,
+        transform: ImageTransform | None = None,
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
@@ -83,13 +83,13 @@ class InterleavedData(DataModule):
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.transform = of_one_size(image or ImageTransform(), "interleaved documents have")
+        self.transform = of_one_size(transform or ImageTransform(), "interleaved documents have")
         self.source: DocumentSource = (
             InterleavedFiles(source, max_bad_fraction=loader.max_bad_fraction)
             if isinstance(source, str | Path)
             else source
         )
-        self.augment, self._own_transform = augment, image
+        self.augment, self._own_transform = augment, transform
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
         self.caption_splits = splits_there(self._pairs, self.caption_splits)
@@ -107,7 +107,7 @@ class InterleavedData(DataModule):
         if self._captions is None:
             self._captions = _MarkedCaptions(
                 self._pairs,
-                image=self.transform,
+                transform=self.transform,
                 tokenizer=self.tokenizer,
                 max_len=self.max_len,
                 batch_size=self.batch_size,
@@ -118,7 +118,7 @@ class InterleavedData(DataModule):
         return self._captions
 
     def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
-        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how.
+        """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Pictures of documents have one size: those of a tower that reads native sizes are stretched to a square.
         """
@@ -127,7 +127,7 @@ class InterleavedData(DataModule):
         return line
 
     def continue_from(
-        self, tokenizer: Tokenizer, image: ImageTransform, processor: object = None, max_len: int | None = None
+        self, tokenizer: Tokenizer, transform: ImageTransform, processor: object = None, max_len: int | None = None
     ) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
 
@@ -141,7 +141,7 @@ class InterleavedData(DataModule):
             )
         if processor is not None:
             raise ValueError("a public captioner is fine-tuned on pairs (CaptionData), not on interleaved documents")
-        self.tokenizer, self.transform = tokenizer, of_one_size(image, "interleaved documents have")
+        self.tokenizer, self.transform = tokenizer, of_one_size(transform, "interleaved documents have")
         self.forget()
         self._captions = None
 

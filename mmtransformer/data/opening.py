@@ -97,16 +97,24 @@ def _open_files(
     root: str | Path, read: ReadOptions, *, max_bad_fraction: float
 ) -> PairFiles | Shards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
-        if read.images is None and are_shards(root):
+        if read.image_folder is None and are_shards(root):
             _refuse(read, "tar shards", "encoding")
             shards = root if isinstance(root, Selection) else str(root)
-            options = {"language": read.language, "normalize": read.plain, "val_fraction": read.val_fraction}
+            options = {
+                "default_language": read.default_language,
+                "normalize": read.plain,
+                "val_fraction": read.val_fraction,
+            }
             return Shards(shards, **options, max_bad_fraction=max_bad_fraction)
         if (found := find_kept(root, read)) is not None and not found.documents:  # before anything is listed
             return PairFiles(root, read, max_bad_fraction=max_bad_fraction, found=found)
         if are_documents(root):
             _refuse(read, "interleaved documents", "encoding", "normalize")
-            options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
+            options = {
+                "image_folder": read.image_folder,
+                "default_language": read.default_language,
+                "val_fraction": read.val_fraction,
+            }
             return InterleavedPairs(InterleavedFiles(root, **options, max_bad_fraction=max_bad_fraction))
     return PairFiles(root, read, max_bad_fraction=max_bad_fraction)
 

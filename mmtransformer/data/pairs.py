@@ -122,9 +122,9 @@ class PairFiles:
     not a single picture is there, other than train, is left out as a whole and noted.
 
     Languages. A caption column's name ("caption_ko") wins, then a language column, then the script: captions in
-    Hangul are "ko". The others are `language`; without it "en" where the data also holds Korean or named languages,
-    and None, no language at all, where it doesn't. Fewer than one caption in a hundred in the other script make no
-    second language.
+    Hangul are "ko". The others are `default_language`; without it "en" where the data also holds Korean or named
+    languages, and None, no language at all, where it doesn't. Fewer than one caption in a hundred in the other script
+    make no second language.
 
     Nothing is skipped in silence: a row with a missing picture, an empty caption (also "NA" or "null"), text that
     isn't UTF-8, or a path that leaves the root is counted in `report`, and more than `max_bad_fraction` of them are an

@@ -36,14 +36,14 @@ class Comparison:
 
 
 def bootstrap_intervals(
-    statistics: np.ndarray, combine: Combine, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+    statistics: np.ndarray, combine: Combine, *, n_resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resample pictures with replacement and return the middle range of the scores.
 
     Args:
         statistics: (n s), what each picture adds to the sums.
         combine: Turns sums (... s) into scores (... m).
-        resamples: How many sets to draw.
+        n_resamples: How many sets to draw.
         seed: The same seed gives the same intervals.
         confidence: Share of the resampled scores between the two ends.
 
@@ -53,8 +53,8 @@ def bootstrap_intervals(
     Raises:
         ValueError: If there is no picture, fewer than 2 resamples, or a confidence outside 0 to 1.
     """
-    _check(len(statistics), resamples, confidence)
-    scores = combine(_drawn_sums(statistics, resamples, seed))
+    _check(len(statistics), n_resamples, confidence)
+    scores = combine(_drawn_sums(statistics, n_resamples, seed))
     tail = (1 - confidence) / 2
     low, high = np.quantile(scores, [tail, 1 - tail], axis=0)
     return low, high
@@ -65,7 +65,7 @@ def paired_test(
     second: np.ndarray,
     combine: Combine,
     *,
-    resamples: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> list[Comparison]:
@@ -78,7 +78,7 @@ def paired_test(
         first: (n s), what each picture adds to the sums of the first run.
         second: (n s), of the second run, pictures in the same order.
         combine: Turns sums (... s) into scores (... m).
-        resamples: How many sets to draw, and how many swaps.
+        n_resamples: How many sets to draw, and how many swaps.
         seed: The same seed gives the same figures.
         confidence: Share of the resampled differences in the interval.
 
@@ -93,33 +93,33 @@ def paired_test(
         raise ValueError(
             f"the two runs have statistics of shape {first.shape} and {second.shape}; give one row a picture each"
         )
-    _check(len(first), resamples, confidence)
+    _check(len(first), n_resamples, confidence)
     difference = combine(second.sum(0)) - combine(first.sum(0))
-    drawn = combine(_drawn_sums(second, resamples, seed)) - combine(_drawn_sums(first, resamples, seed))
+    drawn = combine(_drawn_sums(second, n_resamples, seed)) - combine(_drawn_sums(first, n_resamples, seed))
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     rng = np.random.default_rng((seed, 1))
     extreme = np.zeros_like(difference)
     gap, total = second - first, first.sum(0) + second.sum(0)
-    for rows in _blocks(resamples, len(first)):
+    for rows in _blocks(n_resamples, len(first)):
         swap = rng.integers(0, 2, size=(rows, len(first)), dtype=np.int8).astype(np.float64)
         one = first.sum(0) + swap @ gap
         swapped = combine(total - one) - combine(one)
         extreme += (np.abs(swapped) >= np.abs(difference) - 1e-12).sum(0)
-    p_values = (1 + extreme) / (1 + resamples)
+    p_values = (1 + extreme) / (1 + n_resamples)
     return [
         Comparison(*(float(x) for x in row)) for row in zip(np.atleast_1d(difference), low, high, p_values, strict=True)
     ]
 
 
-def _drawn_sums(statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _drawn_sums(statistics: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
     """Return the sums (r s) of resampled sets of pictures."""
     rng = np.random.default_rng((seed, 0))
     images = len(statistics)
     statistics = np.asarray(statistics, dtype=np.float64)
-    sums = np.empty((resamples, statistics.shape[1]))
+    sums = np.empty((n_resamples, statistics.shape[1]))
     start = 0
-    for rows in _blocks(resamples, images):
+    for rows in _blocks(n_resamples, images):
         drawn = rng.integers(0, images, size=(rows, images), dtype=np.int64)
         drawn += np.arange(rows)[:, None] * images
         times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
@@ -128,15 +128,15 @@ def _drawn_sums(statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray
     return sums
 
 
-def _blocks(resamples: int, images: int) -> list[int]:
+def _blocks(n_resamples: int, images: int) -> list[int]:
     size = max(1, _BLOCK // images)
-    return [min(size, resamples - start) for start in range(0, resamples, size)]
+    return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
-def _check(images: int, resamples: int, confidence: float) -> None:
+def _check(images: int, n_resamples: int, confidence: float) -> None:
     if images == 0:
         raise ValueError("no picture to resample; give one row of statistics a picture")
-    if resamples < 2:
-        raise ValueError(f"resamples ({resamples}) must be at least 2")
+    if n_resamples < 2:
+        raise ValueError(f"n_resamples ({n_resamples}) must be at least 2")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence ({confidence}) must lie between 0 and 1")

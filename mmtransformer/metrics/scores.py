@@ -135,7 +135,7 @@ def score_captions(
     candidates: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     *,
-    bootstrap: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
     meteor: bool | Literal["auto"] = "auto",
     spice: bool | Literal["auto"] = "auto",
@@ -153,7 +153,7 @@ def score_captions(
     Args:
         candidates: The caption of each picture, by the picture's name.
         references: The references of each picture, one at least; the same names.
-        bootstrap: Resampled sets behind the intervals; 0 for no intervals.
+        n_resamples: Resampled sets behind the intervals; 0 for no intervals.
         seed: The same seed gives the same intervals.
         meteor: True computes METEOR or fails, "auto" says "not computed" where Java or pycocoevalcap is
             missing, False leaves it out. It takes 5 to 10 s, so leave it out of validation during training.
@@ -167,7 +167,7 @@ def score_captions(
         ValueError: If the names differ, a picture has no reference, a value is not text, or a score that must
             be computed (``True``) cannot be.
     """
-    _check(candidates, references, bootstrap, unit)
+    _check(candidates, references, n_resamples, unit)
     names = list(candidates)
     long = [name for name in names if max(map(len, (candidates[name], *references[name]))) > _MOST]
     mine = [_cut(candidates[name], unit) for name in names]
@@ -210,7 +210,7 @@ def score_captions(
     scored = [name for part in parts for name in part.names]
     values = dict(zip(scored, combine(statistics.sum(0)).tolist(), strict=True)) | reasons | diversity(mine)
     each = combine(statistics)
-    ends = bootstrap_intervals(statistics, combine, resamples=bootstrap, seed=seed) if bootstrap else ((), ())
+    ends = bootstrap_intervals(statistics, combine, n_resamples=n_resamples, seed=seed) if n_resamples else ((), ())
     return CaptionScores(
         values={name: values[name] for name in TABLE},
         intervals={name: (float(low), float(high)) for name, low, high in zip(scored, *ends)},
@@ -223,14 +223,14 @@ def score_captions(
 
 
 def compare(
-    first: CaptionScores, second: CaptionScores, *, resamples: int = 1000, seed: int = 0
+    first: CaptionScores, second: CaptionScores, *, n_resamples: int = 1000, seed: int = 0
 ) -> dict[str, Comparison]:
     """Test whether two runs on the same pictures and references differ.
 
     Args:
         first: The scores of one run, from ``score_captions``.
         second: The scores of the other run.
-        resamples: Resampled sets behind the interval, and swaps behind the p-value.
+        n_resamples: Resampled sets behind the interval, and swaps behind the p-value.
         seed: The same seed gives the same figures.
 
     Returns:
@@ -248,7 +248,7 @@ def compare(
     out: dict[str, Comparison] = {}
     for part in first.statistics:
         if (other := others.get(part.names)) is not None:
-            found = paired_test(part.values, other.values[order], part.combine, resamples=resamples, seed=seed)
+            found = paired_test(part.values, other.values[order], part.combine, n_resamples=n_resamples, seed=seed)
             out |= dict(zip(part.names, found, strict=True))
     return out
 
@@ -275,7 +275,7 @@ def _spice(candidates: list[str], references: list[list[str]]) -> Statistics:
     return _means("spice", java.spice(candidates, references))
 
 
-def _check(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], bootstrap: int, unit: str) -> None:
+def _check(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], n_resamples: int, unit: str) -> None:
     if not candidates and not references:
         raise ValueError("no caption to score; candidates and references are empty")
     _same_names("candidates", candidates, "references", references)
@@ -289,8 +289,8 @@ def _check(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]
             raise ValueError(f"the references of {name!r} must be a list of texts")
         if not texts:
             raise ValueError(f"{name!r} has no reference; give one at least, or leave the picture out")
-    if bootstrap < 0 or bootstrap == 1:
-        raise ValueError(f"bootstrap ({bootstrap}) must be 0 (no intervals) or at least 2 resamples")
+    if n_resamples < 0 or n_resamples == 1:
+        raise ValueError(f"n_resamples ({n_resamples}) must be 0 (no intervals) or at least 2 resamples")
     if unit not in ("word", "character"):
         raise ValueError(f"unit {unit!r} must be 'word' or 'character'")
 

@@ -61,7 +61,7 @@ class FewShot:
         captioner: The model; it must be one that reads pictures anywhere in the text, as `Flamingo` does.
         tokenizer: Its tokenizer, with an image token.
         transform: How a picture becomes pixels.
-        num_examples: Examples before each picture; 0 = none, the picture alone, marked as in a document.
+        num_shots: Examples before each picture; 0 = none, the picture alone, marked as in a document.
         choose: "random", or "nearest": those whose pooled features of the vision tower are most like the picture's, the
             most alike last (RICES; Yang et al., arXiv:2109.05014).
         seed: Of the random choice: of examples, and of one caption of each.
@@ -80,21 +80,19 @@ class FewShot:
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
-        num_examples: int = 4,
+        num_shots: int = 4,
         choose: Literal["random", "nearest"] = "random",
         seed: int = 0,
     ):
         check_reader(captioner)
-        if num_examples < 0 or num_examples > len(examples):
-            raise ValueError(
-                f"num_examples ({num_examples}) must be from 0 to the number of examples ({len(examples)})"
-            )
+        if num_shots < 0 or num_shots > len(examples):
+            raise ValueError(f"num_shots ({num_shots}) must be from 0 to the number of examples ({len(examples)})")
         if choose not in ("random", "nearest"):
             raise ValueError(f'choose must be "random" or "nearest", not "{choose}"')
         self.image_id = image_token(tokenizer)
         self.examples, self.captioner, self.tokenizer = examples, captioner, tokenizer
         self.transform = of_one_size(transform, "examples before a picture are")
-        self.num_examples, self.choose, self.seed = num_examples, choose, seed
+        self.num_shots, self.choose, self.seed = num_shots, choose, seed
         self._captions = [examples.captions(i) for i in range(len(examples))]
         self._places: dict[str | None, int] = {examples.name(i): i for i in range(len(examples))}
         self._able_in: dict[tuple[str | None, ...], np.ndarray] = {}
@@ -131,11 +129,11 @@ class FewShot:
         chosen: list[list[int]] = []
         for row, name in enumerate(names):
             others = able[able != self._places.get(name, -1)]
-            if len(others) < self.num_examples:
+            if len(others) < self.num_shots:
                 codes = ", ".join(code for code in languages if code) or "any language"
                 known = sorted({caption.language or "any" for found in self._captions for caption in found})
                 raise ValueError(
-                    f"{self.num_examples} examples were asked for, but only {len(others)} of {len(self.examples)} can "
+                    f"{self.num_shots} examples were asked for, but only {len(others)} of {len(self.examples)} can "
                     f"be used (another picture, with captions in {codes}): ask for fewer, or for a language that they "
                     f"have, {' or '.join(known) or 'which is none'} (mmt caption --language)"
                 )
@@ -172,12 +170,12 @@ class FewShot:
 
     def _choose(self, others: np.ndarray, given: Tensor, query: Tensor) -> list[int]:
         """The examples of one picture, as it was given and as visual tokens (p d); the most alike last."""
-        if self.choose == "random" or not self.num_examples:
+        if self.choose == "random" or not self.num_shots:
             key = zlib.crc32(given.float().cpu().numpy().tobytes())
-            return others[np.argsort(hash64(self.seed, key, others, 8), kind="stable")[: self.num_examples]].tolist()
+            return others[np.argsort(hash64(self.seed, key, others, 8), kind="stable")[: self.num_shots]].tolist()
         features, mean = self._all_features()
         near = features[torch.from_numpy(others)] @ F.normalize(self._pool(query[None]) - mean, dim=-1)[0]
-        return others[near.topk(self.num_examples).indices.flip(0).cpu().numpy()].tolist()
+        return others[near.topk(self.num_shots).indices.flip(0).cpu().numpy()].tolist()
 
     def _row(self, shots: Sequence[int], language: str | None) -> list[int]:
         """A prompt's ids."""
@@ -194,7 +192,7 @@ class FewShot:
             while len(head) + 1 + new + sum(map(len, chunks[-fits - 1 :])) <= most:
                 fits += 1
             raise ValueError(
-                f"the prompt of {self.num_examples} examples is {len(prompt)} tokens long and a caption like theirs "
+                f"the prompt of {self.num_shots} examples is {len(prompt)} tokens long and a caption like theirs "
                 f"takes {new} more: {needed}, but the model reads {most}; use fewer examples ({fits} fit)"
             )
         return prompt

@@ -139,7 +139,7 @@ def epoch(batches: Iterable[Any]) -> int:
 
 def our_loader(place: Path, workers: int) -> Iterable[Any]:
     data = CaptionData(
-        str(place), read=ReadOptions(val_fraction=0.0), image=ImageTransform(SIDE), augment=Augment((0.8, 1.0)),
+        str(place), read=ReadOptions(val_fraction=0.0), transform=ImageTransform(SIDE), augment=Augment((0.8, 1.0)),
         batch_size=BATCH, max_len=32, tokenizer=Tokenizer.train(["picture number 12"], 300),
         loader=LoaderConfig(num_workers=workers),
     )  # fmt: skip
@@ -224,7 +224,7 @@ def start_pairs(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train(["picture number 12"], 300)
     before, begin, cpu = memory(), time.perf_counter(), time.process_time()
-    data = CaptionData(str(folder), image=ImageTransform(SIDE), batch_size=BATCH, max_len=32, tokenizer=tokenizer)
+    data = CaptionData(str(folder), transform=ImageTransform(SIDE), batch_size=BATCH, max_len=32, tokenizer=tokenizer)
     assert len(data.pairs("train"))
     note(f"{name}: open", time.perf_counter() - begin, "s")
     note(f"{name}: open, CPU", time.process_time() - cpu, "s")

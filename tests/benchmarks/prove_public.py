@@ -279,7 +279,7 @@ def report(
     references = {photo.name: photo.captions for photo in photos}
     for side, found in (("ours", here), ("theirs", there)):
         said = dict(zip(references, (text for _, text in found), strict=True))
-        scores = score_captions(said, references, bootstrap=0, meteor=False, spice=False).values
+        scores = score_captions(said, references, n_resamples=0, meteor=False, spice=False).values
         figures = ", ".join(f"{key} {scores[key]:.4f}" for key in ("bleu_1", "bleu_4", "cider_d"))
         print(f"  {side}: {figures}, {len(set(said.values()))} different captions", flush=True)
     print(f"  such as {there[0][1]!r}, {there[-1][1]!r}")

@@ -28,7 +28,7 @@ def test_a_captioner_of_pixels_alone_says_what_it_reads() -> None:
 
 def test_samples_can_be_looked_at_by_their_numbers() -> None:
     scenes = Scenes(image_size=32, train_size=4, val_size=2)
-    dataset = CaptionData(scenes, image=ImageTransform(32), vocab_size=300, batch_size=2).dataset("train")
+    dataset = CaptionData(scenes, transform=ImageTransform(32), vocab_size=300, batch_size=2).dataset("train")
     assert dataset[0].pixels.shape == (1, 3, 32, 32)
     assert len(list(dataset)) == len(dataset) == 4
     with pytest.raises(IndexError, match="picture 4 of 4"):

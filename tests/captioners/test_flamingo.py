@@ -738,7 +738,9 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
     from mmtransformer.data.scenes.scenes import Scenes
 
     documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
-    data = InterleavedData(documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4)
+    data = InterleavedData(
+        documents, transform=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4
+    )
     data.setup("fit")
     given = next(iter(data.train_dataloader()))
     torch.manual_seed(0)

@@ -138,8 +138,8 @@ def test_help_is_quick() -> None:
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--json", "x.json"], 'did you mean "--out"?'),
         (["ablate", "--recipe", "caption_scenes"], "required: --config"),
         (
-            [*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--data.image.image_size=224"],
-            "data.image would have no effect",
+            [*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--data.transform.image_size=224"],
+            "data.transform would have no effect",
         ),
         ([*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--model.add_languages=[ko]"], "knows ko already"),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--split", "tset"], "no split 'tset'"),
@@ -213,7 +213,7 @@ def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(
         shutil.copy(pairs / f"p{i}.png", german)
         (german / f"p{i}.txt").write_text(f"ein roter Stern {i}", "utf-8")
     before = ImageCaptioner.from_pretrained(model, device="cpu")
-    words = [f"--data.source={german}", f"--model.init={model}", "--data.read.language=de"]
+    words = [f"--data.source={german}", f"--model.init={model}", "--data.read.default_language=de"]
     code, out, _ = mmt(capsys, *FINETUNE, *words, "--model.add_languages=[de]", "--model.freeze_vision=true")
     assert code == 0
     assert "--language de" in out.splitlines()[-1]

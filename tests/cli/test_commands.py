@@ -46,7 +46,7 @@ def tokenizer(languages: tuple[str, ...] = ("en", "ko")) -> Tokenizer:
 
 # ---------------------------------------------------------------------------------------------------- two stages
 
-SCENES = ["--model.generation.max_new_tokens=5", "--data.image.image_size=32"]
+SCENES = ["--model.generation.max_new_tokens=5", "--data.transform.image_size=32"]
 SCENES += [f"--data.source.{name}_size={size}" for name, size in (("train", 12), ("val", 3), ("compositional", 2))]
 
 
@@ -171,7 +171,7 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
     assert json.loads((lm / "config.json").read_text("utf-8"))["model_type"] == family
     two = tmp_path / "two"
     fit(
-        capsys, "qformer_coco", two, f"--data.source={images}", "--data.image.image_size=32",
+        capsys, "qformer_coco", two, f"--data.source={images}", "--data.transform.image_size=32",
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}",
         f"--data.tokenizer={lm}",
     )  # fmt: skip

@@ -107,7 +107,7 @@ def test_a_part_may_still_be_a_file_of_its_own(capsys: pytest.CaptureFixture[str
     Path("image.yaml").write_text("class_path: mmtransformer.ImageTransform\ninit_args: {image_size: 48}\n")
     Path("optim.yaml").write_text("lr: 0.125\n")
     Path("trainer.yaml").write_text("max_epochs: 7\n")
-    words = ["--data.source=captions.csv", "--data.image=image.yaml", "--trainer=trainer.yaml"]
+    words = ["--data.source=captions.csv", "--data.transform=image.yaml", "--trainer=trainer.yaml"]
     found = printed(["--config", "finetune_pairs", *words, "--model.optim=optim.yaml"], capsys)
     assert found["data"]["init_args"]["source"] == "captions.csv"
     assert "48" in json.dumps(found["data"]["init_args"]["image"])
@@ -167,6 +167,11 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
         (["--data.loader.num_worker=2"], "data.loader.num_worker", "data.loader.num_workers"),
         (["--data.init_args.loader.num_worker", "2"], "data.loader.num_worker", "data.loader.num_workers"),
         (["--model.optim.warmup=3"], "model.optim.warmup", "model.optim.warmup_steps"),
+        (
+            ["--config=caption_scenes", "--data.image.image_size=32"],
+            "data.image.image_size",
+            "data.transform.image_size",
+        ),
         (["--config=short.yaml"], "data.loader.num_worker", "data.loader.num_workers"),
         (["--config=trainer.yaml"], "trainer.max_step", "trainer.max_steps"),
         (

@@ -436,7 +436,7 @@ SUB_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("key", ["model", "trainer", "data.image", "model.init_args.captioner"])
+@pytest.mark.parametrize("key", ["model", "trainer", "data.transform", "model.init_args.captioner"])
 @pytest.mark.parametrize("kind", SUB_FILES)
 def test_every_file_of_a_recipe_is_looked_through(
     kind: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

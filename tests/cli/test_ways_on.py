@@ -144,12 +144,12 @@ def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> Non
             "tokenizer": str(model.parent / "plain"),
             "loader": LoaderConfig(max_bad_fraction=0.5),
         }
-        return CaptionData(str(pairs), read=ReadOptions(**read), image=ImageTransform(32), batch_size=2, **options)
+        return CaptionData(str(pairs), read=ReadOptions(**read), transform=ImageTransform(32), batch_size=2, **options)
 
     with pytest.raises(ValueError, match=r"no language tags\. .* --data\.read\.language ko; ") as caught:
         data().loader("train", training=True)
-    language = str(caught.value).partition("--data.read.language ")[2][:2]
-    assert len(data(language=language).loader("train", training=True))
+    language = str(caught.value).partition("--data.read.default_language ")[2][:2]
+    assert len(data(default_language=language).loader("train", training=True))
 
 
 def test_of_too_many_pixels_no_option_is_named_that_no_command_has() -> None:

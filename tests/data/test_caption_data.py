@@ -383,7 +383,7 @@ def test_a_recipe_can_name_it(tmp_path):
         class_path: mmtransformer.data.CaptionData
         init_args:
           source: {{class_path: mmtransformer.data.Scenes, init_args: {{train_size: 7, val_size: 3}}}}
-          image: {{image_size: [16, 24]}}
+          transform: {{image_size: [16, 24]}}
           augment: {{scale: [0.7, 1.0]}}
           tokenizer: {tmp_path}
           splits:

@@ -234,7 +234,7 @@ def test_documents_of_one_source_share_rows_with_each_other_only() -> None:
 def test_weights_are_of_rows() -> None:
     data = InterleavedData(
         document_mixture(weights={"big": 1.0, "small": 1.0}, epoch_size=24),
-        image=TRANSFORM,
+        transform=TRANSFORM,
         tokenizer=tokenizer(),
         batch_size=4,
         max_len=71,

@@ -87,7 +87,7 @@ def test_coco_images_elsewhere_and_two_years(tmp_path: Path) -> None:
         path = tmp_path / "texts" / f"captions_{year}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"images": images, "annotations": notes}))
-    source = PairFiles(tmp_path / "texts", ReadOptions(images=tmp_path / "photos"))
+    source = PairFiles(tmp_path / "texts", ReadOptions(image_folder=tmp_path / "photos"))
     assert everything(source) == expected(1)
     assert [len(source.split(s)) for s in source.splits()] == [17, 6]
     with pytest.raises(TooManyErrors, match=r"23 of 23 rows can't be used \(100.0%(.|\n)*missing picture: 23"):
@@ -210,7 +210,7 @@ def test_languages_need_no_configuration(
 ) -> None:
     draw(tmp_path)
     (tmp_path / "a.jsonl").write_text(jsonl([{"image": n, "caption": t} for n, t in zip(NAMES, texts, strict=True)]))
-    source = PairFiles(tmp_path, ReadOptions(language=language, val_fraction=0))
+    source = PairFiles(tmp_path, ReadOptions(default_language=language, val_fraction=0))
     assert source.languages == languages
     for i in range(23):
         text, code, _ = source.split("train").captions(i)[0]

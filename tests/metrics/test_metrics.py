@@ -72,7 +72,7 @@ def official(candidates: dict[str, str], references: dict[str, list[str]]) -> tu
 def test_bleu_rouge_and_cider_equal_the_official_tool(images: int, seed: int, most: int) -> None:
     candidates, references = captions(images, seed, most=most)
     values, per = official(candidates, references)
-    scores = score_captions(candidates, references, bootstrap=0, meteor=False, spice=False)
+    scores = score_captions(candidates, references, n_resamples=0, meteor=False, spice=False)
     for name, value in values.items():
         assert abs(scores.numbers[name] - float(value)) < 1e-12, name
         ours = [scores.per_image[image][name] for image in candidates]
@@ -84,7 +84,7 @@ def test_fractions_are_counted_as_the_official_tool_does() -> None:
     candidates = {"x": "a 2 1/2 foot dog", "y": "the 3 1/4 cat", "z": "one dog"}
     references = {"x": ["a 2 1/2 inch dog"], "y": ["a 3 1/4 cat", "the 2 1/2 cat"], "z": ["a 2 1/2 dog"]}
     values, _ = official(candidates, references)
-    ours = score_captions(candidates, references, bootstrap=0, meteor=False, spice=False).numbers
+    ours = score_captions(candidates, references, n_resamples=0, meteor=False, spice=False).numbers
     for name, value in values.items():
         assert abs(ours[name] - float(value)) < 1e-12, name
 
@@ -194,7 +194,7 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(3.0, 2.0, size=503)
     numbers = np.stack([values, np.ones(503)], axis=1)
-    low, high = bootstrap_intervals(numbers, lambda sums: sums[..., :1] / sums[..., 1:], resamples=4000, seed=1)
+    low, high = bootstrap_intervals(numbers, lambda sums: sums[..., :1] / sums[..., 1:], n_resamples=4000, seed=1)
     half = 1.96 * values.std() / 503**0.5
     assert low[0] == pytest.approx(values.mean() - half, abs=0.02)
     assert high[0] == pytest.approx(values.mean() + half, abs=0.02)
@@ -202,10 +202,10 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
 
 def test_intervals_do_not_depend_on_how_many_draws_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = np.random.default_rng(0).normal(size=(37, 3))
-    whole = bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=7)
+    whole = bootstrap_intervals(numbers, lambda sums: sums, n_resamples=101, seed=7)
     monkeypatch.setattr(bootstrap_module, "_BLOCK", 37 * 13)
-    np.testing.assert_allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=7))
-    assert not np.allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=8))
+    np.testing.assert_allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, n_resamples=101, seed=7))
+    assert not np.allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, n_resamples=101, seed=8))
 
 
 def test_scores_lie_within_their_intervals_and_repeat() -> None:
@@ -218,7 +218,7 @@ def test_scores_lie_within_their_intervals_and_repeat() -> None:
     for name, (low, high) in scores.intervals.items():
         assert low < scores.numbers[name] < high
         assert again.intervals[name] == (low, high)
-    assert score_captions(candidates, references, bootstrap=0, meteor=False, spice=False).intervals == {}
+    assert score_captions(candidates, references, n_resamples=0, meteor=False, spice=False).intervals == {}
 
 
 def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
@@ -227,7 +227,7 @@ def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
     small = 0
     for seed in range(100):
         first, second = rng.normal(size=(2, 41, 1))
-        row = paired_test(*(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean, resamples=200, seed=seed)
+        row = paired_test(*(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean, n_resamples=200, seed=seed)
         small += row[0].p_value <= 0.1
     assert 3 <= small <= 19  # 10 expected of 100 equal runs
     first = rng.normal(size=(41, 1))
@@ -259,7 +259,7 @@ def test_a_thousand_images_take_less_than_two_seconds() -> None:
     candidates, references = captions(1000, 8, most=1)
     references = {name: texts * 5 for name, texts in references.items()}
     start = time.perf_counter()
-    score_captions(candidates, references, bootstrap=1000, meteor=False, spice=False)
+    score_captions(candidates, references, n_resamples=1000, meteor=False, spice=False)
     assert time.perf_counter() - start < 6  # about 0.4 s alone; this machine may be busy
 
 
@@ -305,12 +305,12 @@ def test_wrong_captions_are_named(candidates: dict, references: dict, said: str)
 
 def test_wrong_settings_are_named() -> None:
     one = ({"a": "x"}, {"a": ["x"]})
-    with pytest.raises(ValueError, match=r"bootstrap \(1\)"):
-        score_captions(*one, bootstrap=1)
+    with pytest.raises(ValueError, match=r"n_resamples \(1\)"):
+        score_captions(*one, n_resamples=1)
     with pytest.raises(ValueError, match="unit 'letter'"):
         score_captions(*one, unit="letter")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"resamples \(1\)"):
-        bootstrap_intervals(np.ones((3, 1)), lambda sums: sums, resamples=1)
+    with pytest.raises(ValueError, match=r"n_resamples \(1\)"):
+        bootstrap_intervals(np.ones((3, 1)), lambda sums: sums, n_resamples=1)
     with pytest.raises(ValueError, match=r"confidence \(95\)"):
         bootstrap_intervals(np.ones((3, 1)), lambda sums: sums, confidence=95)
     with pytest.raises(ValueError, match="no picture"):
@@ -495,11 +495,11 @@ def test_a_caption_of_a_megabyte_is_named_and_no_end() -> None:
     candidates = {"a": "a red dog", "b": "two cats", "c\x1b": "a,b " * 250_000}
     references = {"a": ["a red dog"], "b": ["two cats", "고양이 " * 200_000], "c\x1b": ["a,b " * 250_000]}
     start = time.perf_counter()
-    scores = score_captions(candidates, references, bootstrap=0, meteor=False, spice=False)
+    scores = score_captions(candidates, references, n_resamples=0, meteor=False, spice=False)
     assert time.perf_counter() - start < 5
     assert scores.cut == ("b", "c\x1b")
     assert scores.to_dict()["cut"] == ["b", "c\x1b"]
     assert "only the first 10,000 characters are scored of 2 pictures: 'b', 'c\\x1b'" in scores.table()
     assert scores.numbers["rouge_l"] == pytest.approx(1)
-    short = score_captions({"a": "a red dog"}, {"a": ["a red dog"]}, bootstrap=0, meteor=False, spice=False)
+    short = score_captions({"a": "a red dog"}, {"a": ["a red dog"]}, n_resamples=0, meteor=False, spice=False)
     assert (short.cut, "cut" in short.to_dict(), "only the first" in short.table()) == ((), False, False)

@@ -109,16 +109,16 @@ def examples_in(row: torch.Tensor) -> list[str]:
 def test_examples_are_seen_without_dropout_by_a_model_in_training() -> None:
     model = captioner()
     model.vision.blocks[0].branch1.append(torch.nn.Dropout(0.5))  # type: ignore[operator, union-attr]
-    want = shots(model, num_examples=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
+    want = shots(model, num_shots=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
     model.vision.train()
-    found = shots(model, num_examples=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
+    found = shots(model, num_shots=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
     assert torch.equal(found, want)  # type: ignore[arg-type]
     assert model.vision.blocks[0].training
 
 
 @pytest.mark.parametrize("choose", ["random", "nearest"])
 def test_a_prompt_has_the_form_of_a_document(choose: str) -> None:
-    batch = shots(num_examples=3, choose=choose)(queries("red", "blue"), ["ko", "en"])
+    batch = shots(num_shots=3, choose=choose)(queries("red", "blue"), ["ko", "en"])
     tok = tokenizer()
     assert batch.visual_tokens is not None
     assert batch.visual_tokens.shape == (2, 4, 4, 12)
@@ -154,7 +154,7 @@ class OneDocument:
 
 def test_the_images_are_those_of_the_captions_and_the_last_is_the_query() -> None:
     model, examples = captioner(), Examples()
-    batch = shots(model, num_examples=4, seed=5)(queries("white", "red"), ["en"])
+    batch = shots(model, num_shots=4, seed=5)(queries("white", "red"), ["en"])
     assert batch.visual_tokens is not None
     for row in range(2):
         for k, text in enumerate(examples_in(batch.tokens[row])):
@@ -172,7 +172,7 @@ def test_the_images_are_those_of_the_captions_and_the_last_is_the_query() -> Non
 
 
 def test_no_shots_mark_the_image_alone() -> None:
-    batch = shots(num_examples=0)(queries("red"), ["en", "ko"])
+    batch = shots(num_shots=0)(queries("red"), ["en", "ko"])
     plain = with_prompts(queries("red"), tokenizer(), ["en", "ko"], mark=True)
     assert batch.tokens.tolist() == plain.tokens.tolist()
     assert plain.image_index is not None
@@ -186,12 +186,12 @@ def test_no_shots_mark_the_image_alone() -> None:
 
 def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
     for colour in COLOURS:
-        (row,) = shots(num_examples=3, choose="nearest")(queries(colour), ["en"]).tokens
+        (row,) = shots(num_shots=3, choose="nearest")(queries(colour), ["en"]).tokens
         assert all(colour in text.split() for text in examples_in(row))
-    (row,) = shots(num_examples=15, choose="nearest")(queries("green"), ["en"]).tokens
+    (row,) = shots(num_shots=15, choose="nearest")(queries("green"), ["en"]).tokens
     assert ["green" in text.split() for text in examples_in(row)] == [False] * 12 + [True] * 3
     model, examples = captioner(), Examples()
-    near = FewShot(examples, model, tokenizer(), TRANSFORM, num_examples=15, choose="nearest")
+    near = FewShot(examples, model, tokenizer(), TRANSFORM, num_shots=15, choose="nearest")
 
     def feature(image: Image.Image) -> torch.Tensor:  # by definition
         return model.forward_features(TRANSFORM(image)[None, None])[0, 0].mean(0)
@@ -207,7 +207,7 @@ def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
 
 
 def test_the_choice_depends_on_image_and_seed_and_not_on_the_batch() -> None:
-    one, other = shots(num_examples=4), shots(num_examples=4, seed=1)
+    one, other = shots(num_shots=4), shots(num_shots=4, seed=1)
     together = [examples_in(row) for row in one(queries("red", "blue", "green"), ["en"]).tokens]
     alone = [examples_in(one(queries(name), ["en"]).tokens[0]) for name in ("red", "blue", "green")]
     assert together == alone
@@ -217,16 +217,16 @@ def test_the_choice_depends_on_image_and_seed_and_not_on_the_batch() -> None:
 
 @pytest.mark.parametrize("choose", ["random", "nearest"])
 def test_a_image_is_no_example_of_itself(choose: str) -> None:
-    few = shots(examples=Examples(1), num_examples=4, choose=choose)
+    few = shots(examples=Examples(1), num_shots=4, choose=choose)
     for colour in COLOURS:
         said = examples_in(few(queries(colour, names=True), ["en"]).tokens[0])
         assert not any(colour in text.split() for text in said)
-    (row,) = shots(num_examples=3, choose="nearest")(queries("red"), ["en"]).tokens
+    (row,) = shots(num_shots=3, choose="nearest")(queries("red"), ["en"]).tokens
     assert all("red" in text.split() for text in examples_in(row)), "without a name nothing is left out"
 
 
 def test_examples_without_the_language_are_passed_over() -> None:
-    few = shots(examples=Examples(1), num_examples=4)
+    few = shots(examples=Examples(1), num_shots=4)
     assert len(examples_in(few(queries("red"), ["ko"]).tokens[0])) == 4
     with pytest.raises(ValueError, match=r"4 examples were asked for, but only 3 of 5 can .*in ko.* --language"):
         few(queries("red", names=True), ["ko"])
@@ -244,7 +244,7 @@ def test_examples_without_the_language_are_passed_over() -> None:
 )
 def test_captions_of_a_batch_equal_one_by_one(count: int, visible_images: str, colours: list[str], beams: int) -> None:
     model = captioner(visible_images)
-    few = shots(model, num_examples=count)
+    few = shots(model, num_shots=count)
     options = {"generation": GenerationConfig(num_beams=beams, max_new_tokens=7), "prompts": few}
     together = write_captions(model, tokenizer(), queries(*colours), ["en", "ko"], **options)  # type: ignore[arg-type]
     for row, colour in zip(together, colours, strict=True):
@@ -257,7 +257,7 @@ def test_captions_of_a_batch_equal_one_by_one(count: int, visible_images: str, c
 @torch.no_grad()
 def test_generation_after_examples_is_the_full_forward() -> None:
     model = captioner("all_previous")
-    batch = shots(model, num_examples=2)(queries("red", "black"), ["en"])
+    batch = shots(model, num_shots=2)(queries("red", "black"), ["en"])
     for row, (said,) in enumerate(generate(model, batch, eos_id=tokenizer().eos_id, max_new_tokens=5)):
         q = int(batch.attention_mask[row].sum())
         tokens = torch.cat([batch.tokens[row, -q:], torch.tensor(said.tokens)])[None]
@@ -276,7 +276,7 @@ def test_generation_after_examples_is_the_full_forward() -> None:
 @torch.no_grad()
 def test_examples_matter() -> None:
     model = captioner("all_previous")
-    prompt = shots(model, num_examples=2)(queries("red"), ["en"])
+    prompt = shots(model, num_shots=2)(queries("red"), ["en"])
     logits, _ = model.prefill(prompt)
     assert prompt.visual_tokens is not None
     for k in range(3):
@@ -294,7 +294,7 @@ def saved(folder: Path, model: Flamingo | VisionEncoderDecoder) -> Path:
 
 def test_the_pipeline_takes_examples_and_shows_where_it_looked(tmp_path: Path) -> None:
     model = ImageCaptioner.from_pretrained(saved(tmp_path, captioner()), device="cpu")
-    few = FewShot(Examples(), model.model, model.tokenizer, model.transform, num_examples=2)
+    few = FewShot(Examples(), model.model, model.tokenizer, model.transform, num_shots=2)
     image = Image.new("RGB", (9, 9), (10, 200, 30))
     ((said,),) = model(image, prompt_builder=few, language="ko")
     ((plain,),) = model(image, language="ko")
@@ -321,7 +321,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(folder / "3.png")
     words = ["caption", image, "--model", str(folder / "model"), "--device", "cpu", "--json", "--examples", str(folder)]
-    for more in (["--num-examples", "2"], ["--nearest"], ["--num-examples", "0"], ["--language", "ko"]):
+    for more in (["--num-shots", "2"], ["--nearest"], ["--num-shots", "0"], ["--language", "ko"]):
         code, out, err = mmt(capsys, *words, *more)
         assert code == 0, err
         assert json.loads(out)["captions"][0]["tokens"]
@@ -338,12 +338,12 @@ def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, shot = str(folder / "3.png"), ["--examples", str(folder)]
     words = ["caption", image, "--model", str(folder / "model"), "--device", "cpu"]
-    code, _, err = mmt(capsys, *words, "--num-examples", "2")
+    code, _, err = mmt(capsys, *words, "--num-shots", "2")
     assert code == 2
     assert "--examples FOLDER" in err
-    code, _, err = mmt(capsys, *words, *shot, "--num-examples", "10")
+    code, _, err = mmt(capsys, *words, *shot, "--num-shots", "10")
     assert code == 2
-    assert "num_examples (10) must be from 0 to the number of examples (9)" in err
+    assert "num_shots (10) must be from 0 to the number of examples (9)" in err
     decoder = TextDecoder(310, 12, 1, 2, max_len=64, context_dim=12)
     other = VisionEncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
     words[3] = str(saved(tmp_path / "other", other))
@@ -358,7 +358,7 @@ def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, caps
 def test_a_prompt_longer_than_the_model_reads() -> None:
     model = captioner(max_len=64)
     with pytest.raises(ValueError, match=r"the prompt of 12 examples is (\d+) tokens long") as error:
-        shots(model, num_examples=12, choose="nearest")(queries("red"), ["en"])
+        shots(model, num_shots=12, choose="nearest")(queries("red"), ["en"])
     long, new, needed, most, fits = map(
         int,
         re.fullmatch(
@@ -369,15 +369,15 @@ def test_a_prompt_longer_than_the_model_reads() -> None:
     )
     assert long + new == needed > most == 64
     assert 0 < fits < 12
-    batch = shots(model, num_examples=fits, choose="nearest")(queries("red"), ["en"])
+    batch = shots(model, num_shots=fits, choose="nearest")(queries("red"), ["en"])
     assert batch.tokens.shape[1] + new <= 64
 
 
 def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match=r'Flamingo reads the pictures .*visible_images="last"'):
         shots(captioner("none"))
-    with pytest.raises(ValueError, match=r"num_examples \(16\) must be from 0 to the number of examples \(15\)"):
-        shots(num_examples=16)
+    with pytest.raises(ValueError, match=r"num_shots \(16\) must be from 0 to the number of examples \(15\)"):
+        shots(num_shots=16)
     with pytest.raises(ValueError, match='choose must be "random" or "nearest", not "best"'):
         shots(choose="best")
     bare = Tokenizer(tokenizer().backend, languages=("en", "ko"))
@@ -393,7 +393,7 @@ def test_what_cannot_be_done_is_refused() -> None:
 
 def test_drawn_captions_after_examples_are_those_of_one_by_one() -> None:
     """Features of a batch differ in their last bits: what is drawn must not come from them."""
-    few, model = shots(num_examples=2), captioner()
+    few, model = shots(num_shots=2), captioner()
     drawn = GenerationConfig(do_sample=True, max_new_tokens=7, num_return_sequences=2)
     together = write_captions(
         model, tokenizer(), queries("red", "blue", "black"), ["en", "ko"], generation=drawn, prompts=few

@@ -104,7 +104,7 @@ def arguments(name: str, folder: Path) -> list[str]:
         return [
             *language_model(folder / "lm"),
             stage1(folder / "stage1"),
-            "--data.image.image_size=32",
+            "--data.transform.image_size=32",
             "--data.source.image_size=32",
         ]
     if name == "flamingo_scenes":
@@ -143,7 +143,7 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name in ("qformer_stage2_flickr8k", "qformer_coco"):
         language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
         cache = [f"--data.cache_features.folder={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []
-        return [root, *language, stage1(folder / "stage1"), "--data.image.image_size=32", *cache]
+        return [root, *language, stage1(folder / "stage1"), "--data.transform.image_size=32", *cache]
     dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)
     vision = ViT(32, 8, dim, 1, 4 if dim % 3 else 3)
     vision.save_pretrained(folder / "vit")

@@ -68,7 +68,7 @@ def tokenizer():
 
 def make(source=None, report_dir=None, **options):
     source = source or FakeSource(train=FakePairs(53), val=FakePairs(11, seed=1))
-    data = CaptionData(source, **({"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 7} | options))
+    data = CaptionData(source, **({"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 7} | options))
     data.report_dir = report_dir
     data.setup("fit")
     return data

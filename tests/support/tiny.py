@@ -63,7 +63,7 @@ def scenes(batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, 
         other = Scenes(image_size=32, train_size=5, val_size=2, compositional_size=1, seed=7)
         source = Mixture({"a": source, "b": other}, {"a": 2.0, "b": 1.0}, epoch_size=train_size)
     arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
-    return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)
+    return CaptionData(source, transform=ImageTransform(32), batch_size=batch_size, **arguments)
 
 
 class ManySizes(FakePairs):
@@ -80,7 +80,7 @@ def many_sizes(batch_size: int = 4, *, loader: LoaderConfig = LoaderConfig(), **
     loader = dataclasses.replace(loader, max_patches_per_batch=30)
     arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
     source = FakeSource(train=ManySizes(11), val=ManySizes(5, seed=1))
-    return CaptionData(source, image=transform, batch_size=batch_size, loader=loader, **arguments)
+    return CaptionData(source, transform=transform, batch_size=batch_size, loader=loader, **arguments)
 
 
 def contrast(optim: Optim) -> ContrastiveLearning:

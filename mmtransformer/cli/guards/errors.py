@@ -12,8 +12,9 @@ OTHER_NAMES = {
     "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
     "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
     "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
-    "cross_attn_every_n_layers": "cross_layer_interval",
+    "image": "transform", "cross_attn_every_n_layers": "cross_layer_interval",
     "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
+    "--language": "--default-language", "--images": "--image-folder",
 }  # fmt: skip
 """What settings are called elsewhere -> here."""
 

@@ -113,7 +113,7 @@ def paths_as_texts() -> Iterator[None]:
     jsonargparse takes a file for a configuration of the class wherever a class may stand, and then the lines of a
     manifest (`data.source: captions.csv`) or a tokenizer's JSON for the argument. It checks its values anew whenever it
     builds or writes them, so that this must be around those, too. Where no text may stand (`data`, `model`, `trainer`,
-    `data.image`, ...), files are read as ever: see `checked_files`.
+    `data.transform`, ...), files are read as ever: see `checked_files`.
     """
     from jsonargparse._typehints import ActionTypeHint  # pyright: ignore[reportPrivateImportUsage]
 

@@ -103,8 +103,8 @@ class InterleavedFiles:
     Splits. Where the data says none, or has no val, the documents whose name hashes below `val_fraction` are val: a
     document is always in the same split, whatever is added.
 
-    Languages. A document's "language" wins; then texts in Hangul are "ko" and the others are `language`, without it
-    "en" where the data also holds Korean or named languages, and None where it doesn't.
+    Languages. A document's "language" wins; then texts in Hangul are "ko" and the others are `default_language`,
+    without it "en" where the data also holds Korean or named languages, and None where it doesn't.
 
     Nothing is skipped in silence: a document whose marks and pictures differ in number, with a missing picture, a path
     that leaves the root, no text or no picture is counted in `report`, and more than `max_bad_fraction` of them are an
@@ -112,11 +112,11 @@ class InterleavedFiles:
 
     Args:
         root: A folder, an archive, or one file.
-        images: Folder or archive with the pictures, if not at or below the root.
+        image_folder: Folder or archive with the pictures, if not at or below the root.
         mark: What stands for a picture in a text.
         min_similarity: Pictures of MMC4 whose "matched_sim" with their sentence is less are left out; OpenFlamingo took
             0.24.
-        language: The language of documents that neither the data nor their script tells.
+        default_language: The language of documents that neither the data nor their script tells.
         val_fraction: Share of the documents for val where the data names none; 0 for no val.
         max_bad_fraction: Share of documents that may be unusable; one always may, unless this is 0.
 
@@ -128,10 +128,10 @@ class InterleavedFiles:
         self,
         root: str | Path,
         *,
-        images: str | Path | None = None,
+        image_folder: str | Path | None = None,
         mark: str = MARK,
         min_similarity: float = 0.0,
-        language: str | None = None,
+        default_language: str | None = None,
         val_fraction: float = 0.05,
         max_bad_fraction: float = 0.01,
     ):
@@ -145,7 +145,7 @@ class InterleavedFiles:
         manifests = document_files(files)
         if not manifests:
             raise ValueError(f"{self.root} holds no documents: no .jsonl file with a text and a list of pictures")
-        images_in = files if images is None else Files(files.folder(images))
+        images_in = files if image_folder is None else Files(files.folder(image_folder))
         documents: list[_Read] = []
         for entry in manifests:
             split = split_word(entry.path.rpartition("/")[2]) if len(manifests) > 1 else None
@@ -167,7 +167,7 @@ class InterleavedFiles:
         _unique(documents)
         texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
         self.languages: tuple[str, ...]
-        self.languages, said = normalize_languages(texts, language)
+        self.languages, said = normalize_languages(texts, default_language)
         self._said.append(said)
         for document, (text,) in zip(documents, texts, strict=True):
             document.language = text.language

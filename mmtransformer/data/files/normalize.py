@@ -27,12 +27,12 @@ def split_order(name: str) -> tuple[int, str]:
     return _ORDER.get(name, 3), name
 
 
-def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -> tuple[tuple[str, ...], str]:
+def normalize_languages(groups: Sequence[list[Caption]], default_language: str | None) -> tuple[tuple[str, ...], str]:
     """Names the language of captions that name none: Korean by its script, the others as `PairFiles` says.
 
     Args:
         groups: The captions of each picture; changed in place.
-        language: The language of captions that neither the data nor their script tells.
+        default_language: The language of captions that neither the data nor their script tells.
 
     Returns:
         All languages there are, and what was found, in words.
@@ -40,11 +40,11 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
     named = {c.language for group in groups for c in group} - {None}
     open_ = [c.text for group in groups for c in group if c.language is None]
     korean, total = sum(map(is_korean, open_)), len(open_)
-    rest = language
-    if language is None and (named or 100 * korean >= total > 0):
+    rest = default_language
+    if default_language is None and (named or 100 * korean >= total > 0):
         rest = "en"
     by_script = korean > 0 and rest is not None
-    if language is None and not named and 100 * (total - korean) < total:
+    if default_language is None and not named and 100 * (total - korean) < total:
         rest, by_script = "ko", False  # Korean, with a "KTX" here and there
     if open_ and rest is not None:
         for group in groups:
@@ -56,7 +56,7 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
     if not languages:
         return (), "no language named"
     said = "languages " + ", ".join(f"{code} {counts[code]}" for code in languages)
-    assumed = language is None and rest == "en" and korean < total
+    assumed = default_language is None and rest == "en" and korean < total
     return languages, said + (" (en where nothing says otherwise)" if assumed else "")
 
 

@@ -32,12 +32,12 @@ class ReadOptions:
     Args:
         format: The format, if it cannot be told.
         subset: Of a data set on the hub, or laid out as one, the subset (config) that its card names, or a folder.
-        images: Folder or archive with the pictures, if not at or below the root.
+        image_folder: Folder or archive with the pictures, if not at or below the root.
         image_column: Column (or key) with the picture's path; found by its name unless told.
         caption_column: Column, or columns, with captions.
         language_column: Column with the language of the row's captions.
         split_column: Column with the split.
-        language: The language of captions that neither the data nor their script tells.
+        default_language: The language of captions that neither the data nor their script tells.
         normalize: Makes captions as people write them: "detokenize" takes the spaces of a tokenizer of words out
             ("a dog ," -> "a dog,"), "html" puts characters for HTML's entities and takes its tags out
             ("a dog<br>" -> "a dog"). A list does both; None leaves captions as they are.
@@ -51,12 +51,12 @@ class ReadOptions:
 
     format: Format = "auto"
     subset: str | None = None
-    images: str | None = None
+    image_folder: str | None = None
     image_column: str | None = None
     caption_column: str | list[str] | None = None
     language_column: str | None = None
     split_column: str | None = None
-    language: str | None = None
+    default_language: str | None = None
     normalize: Plain | list[Plain] | None = None
     encoding: str | None = None
     val_fraction: float = 0.1
@@ -96,8 +96,8 @@ class TextReadOptions:
             belong together.
         language_column: Column with the language of a row's texts.
         split_column: Column with the split.
-        language: The language of texts that neither the data nor their script tells; None names none, unless some of
-            the texts are Korean or have a language named: the others then are English.
+        default_language: The language of texts that neither the data nor their script tells; None names none, unless
+            some of the texts are Korean or have a language named: the others then are English.
         val_fraction: Share of the groups (rows, pictures, pieces of plain text) for validation where the data names
             none.
 
@@ -109,7 +109,7 @@ class TextReadOptions:
     text_column: str | list[str] | None = None
     language_column: str | None = None
     split_column: str | None = None
-    language: str | None = None
+    default_language: str | None = None
     val_fraction: float = 0.05
 
     def __post_init__(self) -> None:

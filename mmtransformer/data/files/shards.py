@@ -106,7 +106,7 @@ class Shards:
         shards: A tar, a folder of tars, a pattern ("data/train-{0000..0123}.tar", "data/*.tar"), or a list of these.
         cache_dir: Where indices are kept; as hidden files beside the shards unless told.
         texts: Endings of the members that hold captions; the first that a sample has counts.
-        language: The language of captions that neither the data nor their script tells.
+        default_language: The language of captions that neither the data nor their script tells.
         normalize: What is done to captions, as `ReadOptions` has it.
         val_fraction: Share of the pictures for val where no name says one; 0 for no val.
         max_bad_fraction: Share of samples that may be unusable; one always may, unless this is 0.
@@ -123,7 +123,7 @@ class Shards:
         *,
         cache_dir: str | None = None,
         texts: Sequence[str] = TEXTS,
-        language: str | None = None,
+        default_language: str | None = None,
         normalize: Sequence[Plain] = (),
         val_fraction: float = 0.1,
         max_bad_fraction: float = 0.01,
@@ -166,7 +166,7 @@ class Shards:
         if not names:
             raise TooManyErrors(f"{what}: not one of {counted(self.report.rows, 'sample')} can be used:\n{self.report}")
         self.languages: tuple[str, ...]
-        self.languages, languages = normalize_languages(captions, language)
+        self.languages, languages = normalize_languages(captions, default_language)
         members, shared = normalize_splits(names, splits, val_fraction)
         self._said = [what, f"{counted(len(names), 'picture')}, {counted(sum(map(len, captions)), 'caption')}"]
         self._said += [languages, *([shared] if shared else [])]

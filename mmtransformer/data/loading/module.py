@@ -343,7 +343,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         if (sizes := self.patches(split)) is None:
             raise ValueError(
                 f"loader.max_patches_per_batch ({most}) is for pictures of native size, which these {self.unit}s have "
-                f'not: leave it out, or set data.resize (or image.resize) to "native"'
+                f'not: leave it out, or set data.resize (or transform.resize) to "native"'
             )
         return PatchBudget(sizes, most, world)
 

@@ -29,33 +29,33 @@ def fitted(transform: ImageTransform, resize: Resize | None, patch_size: int = 1
 
 
 def of_tower(
-    image: ImageTransform | None, resize: Resize | None, own: ImageTransform, patch_size: int = 16
+    transform: ImageTransform | None, resize: Resize | None, own: ImageTransform, patch_size: int = 16
 ) -> tuple[ImageTransform, str]:
     """What a run reads pictures as, and a line that says so.
 
     Args:
-        image: what the recipe says; None = nothing.
+        transform: what the recipe says; None = nothing.
         resize: how pictures are made to fit in place of the vision encoder's own way.
         own: the vision encoder's own transform.
         patch_size: side of its patches, px.
     """
-    found = fitted(own, resize, patch_size) if image is None else image
-    if image is None:
+    found = fitted(own, resize, patch_size) if transform is None else transform
+    if transform is None:
         told = f", but resize {resize}, as data.resize says" if found.resize != own.resize else ""
         return found, f"pixels: {described(found)}, the vision encoder's own{told}"
-    other = f"; the vision encoder's own ({described(own)}) are taken without data.image" if found != own else ""
-    return found, f"pixels: {described(found)}, as data.image says{other}"
+    other = f"; the vision encoder's own ({described(own)}) are taken without data.transform" if found != own else ""
+    return found, f"pixels: {described(found)}, as data.transform says{other}"
 
 
-def of_one_size(image: ImageTransform, reader: str) -> ImageTransform:
+def of_one_size(transform: ImageTransform, reader: str) -> ImageTransform:
     """The transform itself, for what reads pictures of one size only.
 
     Raises:
         ValueError: if pictures keep sizes of their own.
     """
-    if image.patch_size is not None:
+    if transform.patch_size is not None:
         raise ValueError(f'{reader} pictures of one size: set resize to "squash", "crop" or "letterbox", not "native"')
-    return image
+    return transform
 
 
 def described(transform: ImageTransform) -> str:

@@ -81,10 +81,10 @@ def _roots(root: str | Path, read: ReadOptions) -> list[str | Path]:
     """All that a data set is read out of, links followed, in the spelling that every process has for it."""
     place = Path(root).expanduser().resolve()
     whole: str | Path = Selection(place, root.splits) if isinstance(root, Selection) else place
-    if read.images is None:
+    if read.image_folder is None:
         return [whole]
-    inside = (place if place.is_dir() else place.parent) / read.images
-    return [whole, (inside if inside.exists() else Path(read.images)).expanduser().resolve()]
+    inside = (place if place.is_dir() else place.parent) / read.image_folder
+    return [whole, (inside if inside.exists() else Path(read.image_folder)).expanduser().resolve()]
 
 
 @cache

@@ -69,7 +69,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     """
     files = Files(root, read.encoding)
     manifests = find_manifests(files, read.format, read.wanted)
-    images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
+    images_in = files if read.image_folder is None or not manifests else Files(files.folder(read.image_folder))
     reader = _Reader(images_in, read, progress)
     said = ["pictures with text files"]
     if manifests:
@@ -114,7 +114,7 @@ def _normalize(
         for row, split in zip(rows, folder_splits(paths), strict=True):
             row.split, rule = split, "by their folders" if split else rule
     _normalize_names(rows)
-    languages, said = normalize_languages([row.captions for row in rows], read.language)
+    languages, said = normalize_languages([row.captions for row in rows], read.default_language)
     names, about = [row.name for row in rows], [said]
     often = Counter(names)
     for row in rows:

@@ -125,7 +125,9 @@ class TextFiles:
             for split, some in members.items():
                 found.setdefault(split, []).extend(groups[i].texts for i in some)
         self.languages: tuple[str, ...]
-        self.languages, _ = normalize_languages([group for some in found.values() for group in some], read.language)
+        self.languages, _ = normalize_languages(
+            [group for some in found.values() for group in some], read.default_language
+        )
         self._splits = {name: [tuple(group) for group in found[name]] for name in sorted(found, key=split_order)}
         self.repeated = self._drop_repeated()
 

@@ -120,7 +120,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
-    bootstrap: int = 1000,
+    n_resamples: int = 1000,
     prompts: Prompts | None = None,
 ) -> Evaluation:
     """Captions whole splits in every language that they have, and scores the captions.
@@ -133,7 +133,7 @@ def evaluate(
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
-        bootstrap: Resampled sets behind the confidence intervals.
+        n_resamples: Resampled sets behind the confidence intervals.
         prompts: Makes the prompts, with examples for instance (`FewShot`); None makes the data's, plain ones for most.
 
     Returns:
@@ -161,22 +161,22 @@ def evaluate(
                     mine = tuple(text for text, language in references if code is None or language == code)
                     if mine:
                         by[code or ANY].append(Prediction(places[name], name, said, mine))
-        score_split(result, split, by, pairs, bootstrap)
+        score_split(result, split, by, pairs, n_resamples)
     return result
 
 
 def score_split(
-    result: Evaluation, split: str, by: dict[str, list[Prediction]], pairs: Pairs, bootstrap: int = 1000
+    result: Evaluation, split: str, by: dict[str, list[Prediction]], pairs: Pairs, n_resamples: int = 1000
 ) -> None:
     """Adds the captions of a split, by language, and their scores to an evaluation."""
     result.predictions[split] = by
     for code, predictions in by.items():
         if predictions:
-            _score(result, split, code, predictions, pairs, bootstrap)
+            _score(result, split, code, predictions, pairs, n_resamples)
 
 
 def _score(
-    result: Evaluation, split: str, code: str, predictions: list[Prediction], pairs: Pairs, bootstrap: int
+    result: Evaluation, split: str, code: str, predictions: list[Prediction], pairs: Pairs, n_resamples: int
 ) -> None:
     if isinstance(pairs, SceneSplit):
         result.facts.setdefault(split, {})[code] = score_facts(
@@ -185,7 +185,7 @@ def _score(
     result.captions.setdefault(split, {})[code] = score_captions(
         {p.name: p.said.text for p in predictions},
         {p.name: list(p.references) for p in predictions},
-        bootstrap=0 if isinstance(pairs, SceneSplit) else bootstrap,
+        n_resamples=0 if isinstance(pairs, SceneSplit) else n_resamples,
         meteor="auto" if code in (ANY, "en") and not isinstance(pairs, SceneSplit) else False,
         spice=False,
     )

@@ -61,7 +61,7 @@ class FewShotScores:
 def score_few_shot(
     captioner: Captioner,
     data: CaptionData | InterleavedData,
-    num_examples: Sequence[int],
+    num_shots: Sequence[int],
     *,
     generation: GenerationConfig,
     device: torch.device,
@@ -77,7 +77,7 @@ def score_few_shot(
     Args:
         captioner: The model, one that reads pictures anywhere in the text.
         data: The run's data.
-        num_examples: Numbers of examples.
+        num_shots: Numbers of examples.
         generation: How captions are searched for.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
@@ -92,9 +92,9 @@ def score_few_shot(
                 questions = source.pairs("questions", most, way, language)
                 examples = source.pairs("examples", _EXAMPLES, way, language)
                 by = scores[f"{way}, {language}"] = {}
-                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_examples=max(num_examples))
-                for count in num_examples:
-                    few.num_examples = count
+                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_shots=max(num_shots))
+                for count in num_shots:
+                    few.num_shots = count
                     with torch.autocast(device.type, autocast, autocast is not None):
                         said = _say(captioner, data, questions, few, generation, device)
                     if way == "description":
@@ -106,9 +106,9 @@ def score_few_shot(
     captions = data.captions if isinstance(data, InterleavedData) else data
     examples = captions.pairs(captions.train_split)
     found: dict[str, dict[int, float]] = {}
-    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_examples=max(num_examples))
-    for count in num_examples:
-        few.num_examples = count
+    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_shots=max(num_shots))
+    for count in num_shots:
+        few.num_shots = count
         result = evaluate(
             captioner,
             captions,
@@ -116,7 +116,7 @@ def score_few_shot(
             device=device,
             autocast=autocast,
             limit_batches=limit_batches,
-            bootstrap=0,
+            n_resamples=0,
             prompts=few,
         )
         for split, by_language in result.captions.items():

@@ -51,7 +51,7 @@ class Captioning(Task):
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         generation: How captions are searched for when the run is evaluated; saved with the model.
-        num_examples: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for
+        num_shots: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for
             models that read pictures inside the text.
     """
 
@@ -63,15 +63,15 @@ class Captioning(Task):
         label_smoothing: float = 0.0,
         image_ablation_batches: int = 4,
         generation: GenerationConfig = CAPTIONING,
-        num_examples: Sequence[int] = (),
+        num_shots: Sequence[int] = (),
     ) -> None:
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.captioner, self.label_smoothing = captioner, label_smoothing
         self.image_ablation_batches = image_ablation_batches
-        self.generation, self.num_examples = generation, tuple(num_examples)
-        if self.num_examples:
+        self.generation, self.num_shots = generation, tuple(num_shots)
+        if self.num_shots:
             check_reader(captioner)
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
@@ -168,7 +168,7 @@ class Captioning(Task):
             autocast=run.autocast,
             limit_batches=run.limit_batches,
         )
-        few_shot, note = self._score_few_shot(whole, run) if self.num_examples else ({}, "")
+        few_shot, note = self._score_few_shot(whole, run) if self.num_shots else ({}, "")
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
@@ -224,14 +224,14 @@ class Captioning(Task):
             scored = score_few_shot(
                 self.captioner,
                 data,
-                self.num_examples,
+                self.num_shots,
                 generation=self.generation,
                 device=run.device,
                 autocast=run.autocast,
                 limit_batches=run.limit_batches,
             )
         except ValueError as error:
-            say(f"not scored after examples (num_examples {list(self.num_examples)}): {error}")
+            say(f"not scored after examples (num_shots {list(self.num_shots)}): {error}")
             return {"few_shot": {"error": str(error)}}, ""
         say(f"\n{scored.table()}")
         return {"few_shot": scored.to_dict()}, scored.headline()

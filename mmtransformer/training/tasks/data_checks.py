@@ -58,19 +58,19 @@ def check_pixels(data: CaptionData, model: Any) -> None:
     if (native := transform.patch_size) is None:
         if any(side % patch for side in transform.size):
             raise ValueError(
-                f"data.image gives pictures of {transform.size[0]} x {transform.size[1]} px, which the backbone's "
+                f"data.transform gives pictures of {transform.size[0]} x {transform.size[1]} px, which the backbone's "
                 f"patches of {patch} px do not divide; change image_size or patch_size"
             )
         return
-    remedy = 'set data.resize (or image.resize) to "squash", "crop" or "letterbox"'
+    remedy = 'set data.resize (or transform.resize) to "squash", "crop" or "letterbox"'
     if "patch_grids" in getattr(model, "unread", ()):
         raise ValueError(f"a {type(model).__name__} does not read pictures of native size: {remedy}")
     if type(vision) is not ViT or vision.patches.stem != "patch":
         raise ValueError(f"pictures of native size go through a ViT that cuts patches and does not convolve: {remedy}")
     if native != patch:
         raise ValueError(
-            f"data.image cuts pictures into patches of {native} px, and the vision encoder reads patches of {patch} "
-            f"px: set image.native.patch_size to {patch}"
+            f"data.transform cuts pictures into patches of {native} px, and the vision encoder reads patches of "
+            f"{patch} px: set transform.native.patch_size to {patch}"
         )
     if (dropped := vision.patches.dropout) or vision.block.drop_path:
         raise ValueError(

@@ -206,7 +206,7 @@ def test_images_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
             archive.write(path, f"p/{path.name}")
     write(tmp_path / "docs" / "d.jsonl", [record(0), record(1, 3)])
     for images in (None, tmp_path / "store"):
-        split = InterleavedFiles(tmp_path / "docs", images=images, val_fraction=0).split("train")
+        split = InterleavedFiles(tmp_path / "docs", image_folder=images, val_fraction=0).split("train")
         assert split.image(1, 2).getpixel((0, 0)) == colour(12)
     alone = InterleavedFiles(tmp_path / "docs" / "d.jsonl", val_fraction=0)
     assert len(alone.split("train")) == 2
@@ -222,7 +222,7 @@ def test_splits_and_languages_are_those_of_the_data(tmp_path: Path) -> None:
     assert [source.split("train").document(i).language for i in range(2)] == ["en", "fr"]
     assert [source.split("val").document(i).language for i in range(2)] == ["ko", "ko"]
     assert source.languages == ("en", "fr", "ko")
-    assert InterleavedFiles(tmp_path, language="de").split("test").document(0).language == "de"
+    assert InterleavedFiles(tmp_path, default_language="de").split("test").document(0).language == "de"
 
 
 FAULTS: dict[str, tuple[object, str]] = {
@@ -468,7 +468,7 @@ def test_impossible_rows_are_refused() -> None:
 
 def make(train: Fake | None = None, report_dir: str | None = None, **options: object) -> InterleavedData:
     source = FakeSource(train=train or Fake(some_documents(53)), val=Fake(some_documents(11, 1)))
-    settings = {"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 61, "max_images": 4}
+    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 61, "max_images": 4}
     data = InterleavedData(source, **(settings | options))  # type: ignore[arg-type]
     data.report_dir = report_dir
     data.setup("fit")
@@ -596,8 +596,8 @@ def test_a_document_that_names_a_side_is_not_mirrored() -> None:
 def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> None:
     documents = Fake(some_documents(9, 5, images=2))
     image = ImageTransform(16)
-    packed = make(documents, max_len=97, max_images=9, image=image)
-    alone = make(documents, pack=False, image=image)
+    packed = make(documents, max_len=97, max_images=9, transform=image)
+    alone = make(documents, pack=False, transform=image)
     torch.manual_seed(0)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(300, 20, 2, 2, max_len=97)
@@ -710,7 +710,7 @@ def fit(folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int =
         {"documents": 2.0, "pairs": 1.0},
         epoch_size=17,
     )
-    settings = {"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 97}
+    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 97}
     settings |= {"augment": Augment(scale=(0.5, 0.9)), "captions": scenes, "loader": LoaderConfig(workers, 3)}
     data = InterleavedData(documents, **(settings | options))  # type: ignore[arg-type]
     trainer.fit(Module(seen), data, ckpt_path=ckpt)
@@ -740,4 +740,4 @@ def test_a_model_that_does_not_read_where_images_stand_is_refused(tmp_path: Path
     with pytest.raises(
         ValueError, match=r'VisionEncoderDecoder reads the pictures of a text as a whole.*visible_images="last"'
     ):
-        trainer.fit(Captioning(captioner), make(image=ImageTransform(16)))
+        trainer.fit(Captioning(captioner), make(transform=ImageTransform(16)))

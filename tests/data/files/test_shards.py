@@ -423,7 +423,7 @@ def test_no_damage_gives_anything_but_an_error_or_images(
 
 
 def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
-    source = Shards(str(shards(tmp_path, 4, 6)), val_fraction=0.2, language="en")
+    source = Shards(str(shards(tmp_path, 4, 6)), val_fraction=0.2, default_language="en")
     runs = [make(source, loader=LoaderConfig(num_workers=workers), batch_size=4) for workers in (0, 2)]
     whole = [batches_of(run, 1) for run in runs]
     for a, b in zip(*whole, strict=True):
@@ -436,9 +436,9 @@ def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
 
 
 def test_shards_in_a_mixture(tmp_path: Path) -> None:
-    parts = {name: Shards(str(shards(tmp_path / name, 1, 9)), language="en") for name in ("a", "b")}
+    parts = {name: Shards(str(shards(tmp_path / name, 1, 9)), default_language="en") for name in ("a", "b")}
     mixture = Mixture(parts, {"a": 1.0, "b": 2.0}, epoch_size=12)  # type: ignore[arg-type]
-    data = CaptionData(mixture, image=TRANSFORM, tokenizer=tokenizer(), batch_size=4)
+    data = CaptionData(mixture, transform=TRANSFORM, tokenizer=tokenizer(), batch_size=4)
     names = [name for batch in batches_of(data) for name in batch.names]
     assert sum(name.startswith("a/") for name in names) == 4
     assert len(names) == 12

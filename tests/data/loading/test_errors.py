@@ -117,7 +117,7 @@ def made(kind: str, root: Path) -> DataModule:
     rows = [{"text": f"<image> a dog {i}", "images": [f"cat/{i}.png"], "split": "train"} for i in range(6)]
     (root / "cat/documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return InterleavedData(
-        InterleavedFiles(root / "cat/documents.jsonl", images=root, val_fraction=0),
+        InterleavedFiles(root / "cat/documents.jsonl", image_folder=root, val_fraction=0),
         captions=PairFiles(root / "dog", read),
         splits=Splits(val=[]),
         caption_splits=[],

@@ -305,7 +305,7 @@ class FakeCaptioner(nn.Module):
 
 def with_features(tmp_path, source=None, flip=False, **options):
     kept = CacheFeatures(str(tmp_path), flip)
-    data = make(source, image=TRANSFORM, cache_features=kept, **options)
+    data = make(source, transform=TRANSFORM, cache_features=kept, **options)
     captioner = FakeCaptioner(tower())
     data.use_features(captioner, progress=False)
     return data, captioner
@@ -313,7 +313,7 @@ def with_features(tmp_path, source=None, flip=False, **options):
 
 def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
     data, captioner = with_features(tmp_path, captions_per_image=3)
-    plain = make(image=TRANSFORM, captions_per_image=3)
+    plain = make(transform=TRANSFORM, captions_per_image=3)
     for mine, other in (
         (data.train_dataloader(), plain.train_dataloader()),
         (data.val_dataloader()[0], plain.val_dataloader()[0]),
@@ -331,9 +331,9 @@ def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
 
 def test_a_vision_encoder_alone_gives_its_own_tokens(tmp_path):
     vision = tower()
-    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     data.use_features(vision, progress=False)
-    (a,), (b,) = ([next(iter(x.val_dataloader()[0]))] for x in (data, make(image=TRANSFORM)))
+    (a,), (b,) = ([next(iter(x.val_dataloader()[0]))] for x in (data, make(transform=TRANSFORM)))
     expected = vision.forward_features(b.pixels[:, 0])
     torch.testing.assert_close(a.visual_tokens[:, 0].float(), expected, atol=2e-3, rtol=2e-3)
 
@@ -376,7 +376,7 @@ def test_bad_images_with_features(tmp_path):
 
 
 def test_only_frozen_towers_are_cached(tmp_path):
-    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     captioner = FakeCaptioner(tower())
     captioner.vision.blocks[0].attn.out_proj.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 of its parameters are trainable \(blocks\.0\.attn\.out_proj\.bias"):
@@ -384,7 +384,7 @@ def test_only_frozen_towers_are_cached(tmp_path):
 
 
 def test_loaders_that_were_made_before_use_the_features_too(tmp_path):
-    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     loaders = [
         data.train_dataloader(),
         *data.val_dataloader(),

@@ -42,7 +42,7 @@ def source() -> FakeSource:
 
 @pytest.mark.parametrize("transform", [NATIVE, SMALL])
 def test_a_batch_holds_each_pictures_own_patches(transform: ImageTransform) -> None:
-    data = make(source(), image=transform)
+    data = make(source(), transform=transform)
     for batch in [*batches_of(data), *data.val_dataloader()[0]]:
         assert batch.patch_grids.shape == (len(batch.names), 1, 2)
         assert batch.pixels.shape == (len(batch.names), 1, int(batch.patch_grids.prod(-1).max()), 192)
@@ -60,7 +60,7 @@ def test_a_batch_holds_each_pictures_own_patches(transform: ImageTransform) -> N
 @pytest.mark.parametrize("augment", [None, Augment(flip=True), Augment((0.3, 1.0)), Augment((1, 1), flip=True)])
 @pytest.mark.parametrize("transform", [NATIVE, SMALL])
 def test_batches_hold_no_more_patches_than_they_may(transform: ImageTransform, augment: Augment | None) -> None:
-    data = make(source(), image=transform, augment=augment, loader=LoaderConfig(max_patches_per_batch=40))
+    data = make(source(), transform=transform, augment=augment, loader=LoaderConfig(max_patches_per_batch=40))
     for epoch in range(3):
         batches = batches_of(data, epoch)
         assert len(batches) == len(data.train_dataloader())
@@ -79,14 +79,14 @@ def test_sizes_are_told_without_decoding(tmp_path: Path) -> None:
         image = pairs.image(i)
         assert size_of(pairs, i) == (image.height, image.width)
     data = CaptionData(
-        str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
+        str(tmp_path / "p"), transform=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
     )
     sizes = dict(zip(map(pairs.name, range(len(pairs))), data.patches("train").tolist(), strict=True))
     for name, count in sizes.items():
         assert count == SMALL.native.num_patches(*SIZES[int(Path(name).stem) % 7])
     (tmp_path / "p" / "0.jpg").write_bytes(b"\xff\xd8\xffnothing")
     data = CaptionData(
-        str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
+        str(tmp_path / "p"), transform=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
     )
     again = dict(zip(map(data.pairs("train").name, range(len(pairs))), data.patches("train").tolist(), strict=True))
     assert again == sizes | ({"0.jpg": 12} if "0.jpg" in sizes else {})
@@ -121,18 +121,18 @@ def test_the_towers_own_way_and_another() -> None:
 
 def test_what_reads_pictures_of_one_size_refuses_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='interleaved documents have pictures of one size: set resize to "squash"'):
-        InterleavedData(str(tmp_path), image=NATIVE)
+        InterleavedData(str(tmp_path), transform=NATIVE)
     with pytest.raises(ValueError, match="classes are learnt from pictures of one size"):
-        ClassData(str(tmp_path), image=NATIVE)
-    data = make(source(), image=NATIVE, cache_features=CacheFeatures(str(tmp_path)))
+        ClassData(str(tmp_path), transform=NATIVE)
+    data = make(source(), transform=NATIVE, cache_features=CacheFeatures(str(tmp_path)))
     with pytest.raises(ValueError, match="cache_features keeps the tokens of pictures of one size"):
         data.use_features(tiny.captioner(freeze_vision=True))
-    one = make(source(), image=ImageTransform(16), loader=LoaderConfig(max_patches_per_batch=99))
+    one = make(source(), transform=ImageTransform(16), loader=LoaderConfig(max_patches_per_batch=99))
     with pytest.raises(ValueError, match=r"max_patches_per_batch \(99\) is for pictures of native size"):
         one.train_dataloader()
     with pytest.raises(ValueError, match=r"loader.max_patches_per_batch \(0\) must be at least 1"):
         LoaderConfig(max_patches_per_batch=0)
     mixed = Mixture({"a": source(), "b": source()}, {"a": 1.0, "b": 1.0}, epoch_size=9)
-    data = make(mixed, image=NATIVE, loader=LoaderConfig(max_patches_per_batch=60), splits=Splits())
+    data = make(mixed, transform=NATIVE, loader=LoaderConfig(max_patches_per_batch=60), splits=Splits())
     with pytest.raises(ValueError, match="a budget of patches is not for a mixture"):
         data.train_dataloader()

@@ -24,7 +24,9 @@ from support.sources import tokenizer
 
 
 def data(root: Path) -> CaptionData:
-    return CaptionData(str(root), read=ReadOptions(val_fraction=0.3), image=ImageTransform(8), tokenizer=tokenizer())
+    return CaptionData(
+        str(root), read=ReadOptions(val_fraction=0.3), transform=ImageTransform(8), tokenizer=tokenizer()
+    )
 
 
 def picture(path: Path, color: object = "red", when: float = 1e9) -> None:
@@ -87,7 +89,7 @@ def test_picture_files_of_classes(tmp_path: Path) -> None:
         picture(place / f"{i}.png")
 
     def make(root: Path) -> ClassData:
-        return ClassData(str(root), image=ImageTransform(8))
+        return ClassData(str(root), transform=ImageTransform(8))
 
     state = make(tmp_path).state_dict()
     assert told(tmp_path, state, make) == ""
@@ -146,7 +148,7 @@ def test_interleaved_documents(tmp_path: Path) -> None:
         (tmp_path / "documents.jsonl").write_text(text, "utf-8")
 
     def make(root: Path) -> InterleavedData:
-        return InterleavedData(str(root), image=ImageTransform(8), tokenizer=tokenizer())
+        return InterleavedData(str(root), transform=ImageTransform(8), tokenizer=tokenizer())
 
     write()
     state = make(tmp_path).state_dict()

@@ -90,7 +90,7 @@ def test_every_answer_is_the_same(
         root = pack(tmp_path / f"made.{packed}", files, zipfile.ZIP_DEFLATED)
     both_ways(root, ReadOptions(), monkeypatch)
     if packed == "folder":
-        both_ways(root, ReadOptions(language="de", normalize="detokenize", val_fraction=0.5), monkeypatch)
+        both_ways(root, ReadOptions(default_language="de", normalize="detokenize", val_fraction=0.5), monkeypatch)
 
 
 def parquet(root: Path) -> None:
@@ -158,7 +158,7 @@ def test_images_elsewhere(tmp_path: Path, small: Path, monkeypatch: pytest.Monke
     draw(tmp_path / "photos")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "c.jsonl").write_text(rows_jsonl())
-    read = ReadOptions(images=str(tmp_path / "photos"))
+    read = ReadOptions(image_folder=str(tmp_path / "photos"))
     both_ways(tmp_path / "texts", read, monkeypatch)
     (tmp_path / "photos" / NAMES[0]).unlink()
     assert PairFiles(tmp_path / "texts", read, max_bad_fraction=1).report.errors == {"missing picture": 1}

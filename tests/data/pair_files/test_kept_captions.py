@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def data_of(root: Path, **more: Any) -> CaptionData:
     tokenizer = Tokenizer.train(TEXTS, 320, ("en", "ko"))
     options = {"batch_size": 4, "captions_per_image": 2, "loader": LoaderConfig(seed=5), "max_len": 24} | more
-    return CaptionData(str(root), image=ImageTransform(8), tokenizer=tokenizer, **options)
+    return CaptionData(str(root), transform=ImageTransform(8), tokenizer=tokenizer, **options)
 
 
 def run(data: CaptionData) -> list[Any]:

@@ -382,7 +382,7 @@ def test_languages_are_told_by_script(
     tmp_path: Path, lines: list[str], language: str | None, found: list[str | None]
 ) -> None:
     (tmp_path / "a.txt").write_text("\n".join(lines), "utf-8")
-    files = TextFiles([str(tmp_path / "a.txt")], TextReadOptions(language=language, val_fraction=0))
+    files = TextFiles([str(tmp_path / "a.txt")], TextReadOptions(default_language=language, val_fraction=0))
     assert [text.language for text in files.split("train")] == found
     assert files.languages == tuple(sorted({code for code in found if code}))
 

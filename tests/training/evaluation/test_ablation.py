@@ -37,7 +37,7 @@ data:
     source:
       class_path: mmtransformer.data.Scenes
       init_args: {image_size: 32, train_size: 8, val_size: 3, compositional_size: 2}
-    image: {image_size: 32}
+    transform: {image_size: 32}
     vocab_size: 300
     batch_size: 4
     max_len: 60

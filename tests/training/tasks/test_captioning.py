@@ -42,7 +42,7 @@ def captioner(vocab: int = VOCAB, patch: int = 8) -> VisionEncoderDecoder:
 def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
     source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3)
     arguments = {"vocab_size": VOCAB, "max_len": 60, "splits": Splits(val=["val", "compositional"])} | arguments
-    return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)  # type: ignore[arg-type]
+    return CaptionData(source, transform=ImageTransform(32), batch_size=batch_size, **arguments)  # type: ignore[arg-type]
 
 
 def trainer(folder: Path, **arguments: object) -> pl.Trainer:
@@ -243,7 +243,7 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
         return fake
 
     monkeypatch.setattr(evaluation_module, "write_captions", tell_the_truth)
-    result = evaluate(model, data, bootstrap=0)
+    result = evaluate(model, data, n_resamples=0)
     facts = result.to_dict()["facts"]
     assert facts == {split: {"en": 1.0, "ko": 1.0} for split in ("val", "compositional")}
     assert [len(result.predictions[split]["ko"]) for split in ("val", "compositional")] == [5, 3]

@@ -88,7 +88,7 @@ def test_however_few_pictures_there_are_some_are_for_validation(tmp_path: Path) 
 
 def test_a_recipe_of_the_scenes_takes_a_folder_without_their_splits(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/red": 3, "train/green": 3, "val/red": 2, "val/green": 1})
-    data = ClassData(root, image=ImageTransform(24), splits=Splits(val=["val", "compositional"]))
+    data = ClassData(root, transform=ImageTransform(24), splits=Splits(val=["val", "compositional"]))
     with pytest.warns(UserWarning, match=r"no split 'compositional', which .* left out; they have: train, val$"):
         assert data.val_splits == ("val",)
     data.setup("fit")
@@ -125,7 +125,7 @@ def test_shapes_of_scenes() -> None:
 
 
 def data(source: Any, **options: Any) -> ClassData:
-    return ClassData(source, image=ImageTransform(32), **{"batch_size": 4} | options)
+    return ClassData(source, transform=ImageTransform(32), **{"batch_size": 4} | options)
 
 
 def test_an_epoch_has_each_image_once_with_its_class(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
     words += [f"--data.source={root}"]
     words += ["--model.vit=mmtransformer.weights.load_vit", f"--model.vit.source={tmp_path / 'vit'}"]
-    words += ["--data.image.image_size=48", "--trainer.max_steps=1"]
+    words += ["--data.transform.image_size=48", "--trainer.max_steps=1"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0

@@ -54,7 +54,7 @@ def scenes(source: Any = None, **arguments: Any) -> CaptionData:
         "splits": Splits(val=["val", "compositional"]),
         "batch_size": 4,
     } | arguments
-    return CaptionData(source, image=ImageTransform(32), **arguments)
+    return CaptionData(source, transform=ImageTransform(32), **arguments)
 
 
 def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     cases = [
         (scenes(max_len=90), r"data.max_len \(90\) is more than the 80 tokens"),
         (scenes(vocab_size=500), "the tokenizer has 4.. tokens, but the model scores 420; set the text tower's"),
-        (CaptionData(Scenes(image_size=32, train_size=4, val_size=2), image=ImageTransform(36), vocab_size=VOCAB),
+        (CaptionData(Scenes(image_size=32, train_size=4, val_size=2), transform=ImageTransform(36), vocab_size=VOCAB),
          "36 x 36 px, which the backbone's patches of 8 px do not divide"),
     ]  # fmt: skip
     for data, message in cases:

@@ -56,7 +56,7 @@ def recipe(**model) -> dict:
             "class_path": "mmtransformer.data.CaptionData",
             "init_args": {
                 "source": {"class_path": "mmtransformer.data.Scenes", "init_args": scenes},
-                "image": {"image_size": 64},
+                "transform": {"image_size": 64},
                 "vocab_size": 300,
                 "batch_size": 4,
                 "max_len": 96,

@@ -67,7 +67,7 @@ def scenes(source: Any = None, **arguments: Any) -> CaptionData:
         "splits": Splits(val=["val", "compositional"]),
         "batch_size": 4,
     } | arguments
-    return CaptionData(source, image=ImageTransform(32), **arguments)
+    return CaptionData(source, transform=ImageTransform(32), **arguments)
 
 
 def trainer(folder: Path, **arguments: Any) -> pl.Trainer:

@@ -99,12 +99,12 @@ def test_pixels_are_the_towers_own_unless_told() -> None:
     line = use_transform(model, squashed)
     assert squashed.transform == ImageTransform(32, "squash", (0.1, 0.2, 0.3), interpolation="bilinear")
     assert str(line).endswith("the vision encoder's own, but resize squash, as data.resize says")
-    told = data(image=ImageTransform(24))
+    told = data(transform=ImageTransform(24))
     line = use_transform(model, told)
     assert told.transform == ImageTransform(24)
-    assert "as data.image says; the vision encoder's own (32 x 32 px, crop 0.9, bilinear" in str(line)
-    with pytest.raises(ValueError, match=r"resize .* would have no effect beside data.image"):
-        data(image=ImageTransform(24), resize="crop")
+    assert "as data.transform says; the vision encoder's own (32 x 32 px, crop 0.9, bilinear" in str(line)
+    with pytest.raises(ValueError, match=r"resize .* would have no effect beside data.transform"):
+        data(transform=ImageTransform(24), resize="crop")
 
 
 def test_recipes_of_public_towers_leave_the_pixels_to_them() -> None:
@@ -169,17 +169,21 @@ def test_a_clip_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixture
     saved = json.loads((tmp_path / "run" / "model" / "preprocessor.json").read_text())
     assert (saved["image_size"], saved["resize"], saved["std"]) == (28, "squash", [0.229, 0.224, 0.225])
     told = [word.replace(str(tmp_path / "run"), str(tmp_path / "told")) for word in words]
-    told += ["--data.resize=null", "--data.image.image_size=14", "--data.cache_features=null"]
+    told += ["--data.resize=null", "--data.transform.image_size=14", "--data.cache_features=null"]
     out = fitted(told, capsys)
-    assert "pixels: 14 x 14 px, squash, bicubic, mean 0.5 0.5 0.5, as data.image says; the vision encoder's own" in out
+    assert (
+        "pixels: 14 x 14 px, squash, bicubic, mean 0.5 0.5 0.5, as data.transform says; the vision encoder's own" in out
+    )
     again = ["fit", "--config", str(RECIPES / "clip_finetune.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     again += [f"--model.init={tmp_path / 'run' / 'model'}", words[-1], f"--trainer.default_root_dir={tmp_path / 'ft'}"]
     fitted(again, capsys)
     assert json.loads((tmp_path / "ft" / "model" / "preprocessor.json").read_text()) == saved
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert main([*again, "--data.image.image_size=14", f"--trainer.default_root_dir={tmp_path / 'no'}"]) != 0
-    assert "data.image would have no effect: the model that is trained on reads pictures as" in capsys.readouterr()[1]
+        assert main([*again, "--data.transform.image_size=14", f"--trainer.default_root_dir={tmp_path / 'no'}"]) != 0
+    assert (
+        "data.transform would have no effect: the model that is trained on reads pictures as" in capsys.readouterr()[1]
+    )
 
 
 def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +252,7 @@ def test_a_captioner_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_pictures_of_native_size_that_a_tower_cannot_read(options: Any, image: Any, message: str) -> None:
-    pictures = data(image=ImageTransform(resize="native", **image))
+    pictures = data(transform=ImageTransform(resize="native", **image))
     model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4, **options))
     with pytest.raises(ValueError, match=message):
         check_pixels(pictures, model)
