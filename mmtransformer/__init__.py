@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.base import freeze as freeze
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
     from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
-    from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
+    from mmtransformer.captioners.blip2 import blip2_from_stage1 as blip2_from_stage1
     from mmtransformer.captioners.blip2_qformer import Blip2QFormer as Blip2QFormer
     from mmtransformer.captioners.coca import CoCa as CoCa
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo

@@ -131,7 +131,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("targets * (1 - smoothing) + smoothing * real", "targets + smoothing * real"),
         (".masked_fill(~counted, -1)", ".masked_fill(~counted, 0)"),
         ("(losses * asked).sum(), asked.sum()", "losses.sum(), asked.sum()"),
-        ("(losses * counted).sum(), counted.sum()", "losses.sum(), counted.sum()"),
+        ("(losses * is_real).sum(), is_real.sum()", "losses.sum(), is_real.sum()"),
     ]),
     "dual_encoders/clip.py": ("dual_encoders", [
         ("scale.clamp(max=MAX_LOGIT_SCALE)", "scale.clamp(max=2 * MAX_LOGIT_SCALE)"),

@@ -133,7 +133,7 @@ def check_few_shot(name: str, run: Path, out: str) -> None:
     assert {"description, en", "color, ko", "fill, en"} < set(scores)
     assert all(set(by) == {"0", "1", "2", "4"} for by in scores.values())
     assert "% of answers right after so many examples" in out
-    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").generation.mark_images
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").generation.add_image_tokens
 
 
 def check_contrast(name: str, run: Path, out: str) -> None:
@@ -149,7 +149,7 @@ def check_contrast(name: str, run: Path, out: str) -> None:
 
 CHECKS = {
     "clip_scenes": check_contrast,
-    "clip_finetune": check_contrast,
+    "finetune_clip": check_contrast,
     "clip_flickr8k": check_contrast,
     "qformer_stage1_scenes": check_stage1,
     "qformer_stage1_flickr8k": check_stage1,

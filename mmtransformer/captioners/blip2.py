@@ -171,7 +171,7 @@ class Blip2(Captioner):
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
-def from_stage1(
+def blip2_from_stage1(
     folder: str | Path,
     decoder: Decoder | SourceReader,
     *,

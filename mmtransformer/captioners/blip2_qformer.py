@@ -188,9 +188,9 @@ class Blip2QFormer(Captioner):
         itc = contrastive_loss(similarity, self.temperature, label_smoothing=itc_smoothing)
 
         pairs = hard_pairs(similarity, self.temperature, texts=r, seed=seed)
-        logits, match, counted = self._matches(batch, visual_tokens, visual, pairs)
-        itm = itm_loss(logits, match, counted)
-        right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
+        logits, match, is_real = self._matches(batch, visual_tokens, visual, pairs)
+        itm = itm_loss(logits, match, is_real)
+        right = ((logits.detach().argmax(1) == match.long()) & is_real).sum() / is_real.sum().clamp(min=1)
 
         read = batch.truncate(batch.tokens.shape[1] - (not return_logits))  # The last token predicts nothing.
         hidden = self.qformer.encode_text(read.tokens, read.attention_mask, seen)
@@ -237,8 +237,8 @@ class Blip2QFormer(Captioner):
         real = pairs.real
         yes, no = torch.ones_like(real), torch.zeros_like(real)
         match = torch.cat((beside(yes, no), no))
-        counted = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_image))
-        return logits, match, counted
+        is_real = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_image))
+        return logits, match, is_real
 
     # ---------------------------------------------------------------------------------------------- a captioner
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmtransformer.data.image_files import ImageFiles
-    from mmtransformer.generation.captions import CaptionResult, Prompts
+    from mmtransformer.generation.captions import CaptionResult, PromptBuilder
     from mmtransformer.pipelines.caption_files import CaptionFile
     from mmtransformer.pipelines.few_shot import FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -177,7 +177,7 @@ def _summary(
     return "; ".join(parts)
 
 
-def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, Prompts | None]":
+def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, PromptBuilder | None]":
     """The model on a device, and its prompts."""
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
@@ -219,7 +219,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
 class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
 
-    def __init__(self, model: "ImageCaptioner", prompts: "Prompts | None", out: Path) -> None:
+    def __init__(self, model: "ImageCaptioner", prompts: "PromptBuilder | None", out: Path) -> None:
         if not model.model.has_heatmaps:
             kind = type(model.model).__name__
             raise ValueError(f"--heatmap: there are no heat maps of a {kind} that runs in transformers: leave it out")

@@ -1,5 +1,6 @@
 """`mmt draw`: texts in, pictures out."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.plots.strips import save_strip
 
     painter = ImageGenerator.from_pretrained(args.model, device=args.device)
-    config = painter.with_config(**changes)
+    generation = dataclasses.replace(painter.generation, **changes)
     steps: list = []
     drawn = painter(
         args.texts,
@@ -68,7 +69,7 @@ def run(name: str, words: Sequence[str]) -> int:
         num_images=args.num_images,
         seed=args.seed,
         negative_prompt=args.negative_prompt,
-        config=config,
+        generation=generation,
         image=args.image,
         strength=0.6 if args.strength is None else args.strength,
         mask_image=args.mask_image,
@@ -79,13 +80,13 @@ def run(name: str, words: Sequence[str]) -> int:
         path = out if k == 0 else out.with_name(f"{out.stem}-{k + 1}{out.suffix}")
         say(str(save_image(image, path)))
     if args.strip:
-        save_strip(steps[: config.num_inference_steps], args.strip)
+        save_strip(steps[: generation.num_inference_steps], args.strip)
         say(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
         from mmtransformer.plots import plot_word_heatmaps
 
-        image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
-        scale = "of a patch's attention on one word"
-        save_image(plot_word_heatmaps(image, found, heat.mean(0), title=args.texts[0], scale=scale), args.heatmap)
+        text, scale = args.texts[0], "of a patch's attention on one word"
+        image, found, heat = painter.heatmap(text, language=args.language, seed=args.seed, generation=generation)
+        save_image(plot_word_heatmaps(image, found, heat.mean(0), title=text, scale=scale), args.heatmap)
         say(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

@@ -24,7 +24,7 @@ from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
-    from mmtransformer.generation.captions import Prompts
+    from mmtransformer.generation.captions import PromptBuilder
     from mmtransformer.pipelines.dual_encoder import DualEncoder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
     from mmtransformer.training.evaluation.predictions import PredictionFile
@@ -207,13 +207,13 @@ def _judge(args: argparse.Namespace) -> "DualEncoder | None":
     return DualEncoder.from_pretrained(args.clip_score) if args.clip_score else None
 
 
-def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, Prompts | None]":
+def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, PromptBuilder | None]":
     """The model on a device, and its prompts."""
     model = _load(args, device)
     return model, _prompts(args, model)
 
 
-def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "Prompts | None":
+def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "PromptBuilder | None":
     from mmtransformer.pipelines.few_shot import FewShot
 
     if args.num_shots is None:

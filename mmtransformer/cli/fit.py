@@ -109,8 +109,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
 
     from mmtransformer.pipelines.base import check_cores
     from mmtransformer.pipelines.dual_encoder import DualEncoder
-    from mmtransformer.training import Captioning, ContrastiveLearning, Progress, Samples
-    from mmtransformer.training.callbacks.saving import Saving
+    from mmtransformer.training import Captioning, ContrastiveLearning, Progress, SamplePrinter
+    from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
     from mmtransformer.training.engine.log import MetricsLog
@@ -208,9 +208,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.logger is not False:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
             if config.enable_progress_bar is not False:
-                extra += [Progress(), Samples()]
+                extra += [Progress(), SamplePrinter()]
             if config.enable_checkpointing is not False and not config.fast_dev_run:
-                extra.append(Saving())
+                extra.append(LastCheckpoint())
             mine = {type(callback) for callback in config.callbacks or []}
             files = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
             if other := [type(plugin).__name__ for plugin in files if not isinstance(plugin, CheckpointFiles)]:
@@ -297,7 +297,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
 
     from mmtransformer.training import Run, Task
     from mmtransformer.training.callbacks.processes import watched
-    from mmtransformer.training.callbacks.saving import Saving
+    from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
     from mmtransformer.training.engine.parameters import trainable_parameters
     from mmtransformer.training.engine.run import device_name
@@ -329,7 +329,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         say("; ".join(said))
     began = time.monotonic()
     trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
-    saving = next((c for c in trainer.callbacks if isinstance(c, Saving)), None)  # pyright: ignore[reportAttributeAccessIssue]
+    saving = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
         with watched(trainer, folder, cli.config.get("process_timeout", 600.0), saving):
@@ -348,7 +348,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         elif isinstance(limit, float):  # a share of each split: as many batches as of the largest
             limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
+        earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, LastCheckpoint))
         seconds = earlier + time.monotonic() - began
         last = folder / "checkpoints" / f"last{SUFFIX}"
         # For caches of every length it would compile anew.

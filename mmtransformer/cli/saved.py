@@ -18,7 +18,7 @@ from mmtransformer.serialization.printable import json_text, say
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
+ABOUT_IMAGES = ("guidance_scale", "force_words", "add_image_tokens")
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -35,13 +35,13 @@ def _classify(name: str, words: Sequence[str]) -> int:
     add("--top-k", type=int, default=1, metavar="N", help="classes per picture (1)")
     add("--json", action="store_true", help="print one line of JSON per picture")
     add(
-        "--attention",
+        "--heatmap",
         metavar="OUT.png",
         help="draw which parts of the first picture each block attends to (attention rollout)",
     )
     args = parser.parse_args(list(words))
-    if args.attention:
-        check_image_file(args.attention, "--attention")
+    if args.heatmap:
+        check_image_file(args.heatmap, "--heatmap")
 
     from mmtransformer.cli.caption import places
     from mmtransformer.data.image_files import ImageFiles
@@ -69,11 +69,11 @@ def _classify(name: str, words: Sequence[str]) -> int:
             path, told = images.name(i), ", ".join(f"{label} {share:.1%}" for label, share in best)
             row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
             say(json_text(row) if args.json else f"{path}: {told}" if len(images) > 1 else told)
-    if args.attention and first:
+    if args.heatmap and first:
         from mmtransformer.plots import plot_rollout, save_image
 
         sheet = plot_rollout(classifier.model, first[1], classifier.transform, title=images.name(first[0]))
-        save_image(sheet, args.attention)
+        save_image(sheet, args.heatmap)
     return 1 if bad else 0
 
 

@@ -60,11 +60,12 @@ class CaptionData(DataModule):
         splits: Which splits are for training, validation and test.
 
     Attributes:
-        mark_images: Whether prompts show where the picture stands, by the tokenizer's image token, as in documents.
+        add_image_tokens: Whether prompts show where the picture stands, by the tokenizer's image token, as in
+            documents.
     """
 
     unit = "picture"
-    mark_images = False
+    add_image_tokens = False
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class CaptionData(DataModule):
     def rows(self, split: str) -> CaptionRows:
         """Return the captions of a split, tokenised at the first call; captions that had to be cut are reported."""
         rows = CaptionRows(
-            self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images, opening=self._opening
+            self.pairs(split), self.tokenizer, self.max_len, mark=self.add_image_tokens, opening=self._opening
         )
         if rows.asked and self.processor is None:
             what = "%s: left out, as the model is trained without prompts: questions about %d of %s"
@@ -289,7 +290,7 @@ class CaptionData(DataModule):
     def collate(self, split: str, *, training: bool = False) -> Collate:
         """What makes a `CaptionBatch` of pictures with their captions."""
         complete = None if self.processor is None else self.processor.complete
-        mark = self.tokenizer.image_id if self.mark_images else None
+        mark = self.tokenizer.image_token_id if self.add_image_tokens else None
         native = self.transform.patch_size
         return Collate(self.tokenizer.pad_id, mark, patch_size=native, complete=complete, tiled=self._tiled)
 
@@ -330,10 +331,10 @@ class CaptionData(DataModule):
         if self.prompting is not None:
             return self.prompting(batch, [language])
         prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
-        prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_images)
+        prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.add_image_tokens)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)
         attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        image_index = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_images else None
+        image_index = (tokens == self.tokenizer.image_token_id).long().cumsum(1) if self.add_image_tokens else None
         return dataclasses.replace(
             batch, tokens=tokens, attention_mask=attention_mask, loss_mask=~attention_mask, image_index=image_index
         )

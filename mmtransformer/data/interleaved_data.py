@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class _MarkedCaptions(CaptionData):
-    mark_images = True
+    add_image_tokens = True
 
 
 class InterleavedData(DataModule):

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.backbones.towers.padded import picture_features
+from mmtransformer.backbones.towers.padded import image_features_of
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, ModelOutput, freeze, is_frozen
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
@@ -238,7 +238,7 @@ class CLIP(Pretrained, nn.Module):
     def _native_vectors(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Images of native size, (b p c) and (b 2), as vectors of length 1: (b e)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            found = picture_features(self.vision, patches, grids)
+            found = image_features_of(self.vision, patches, grids)
         return torch.cat([self._image_vectors(tokens[None]) for tokens in found if tokens is not None])
 
     def _image_vectors(self, visual_tokens: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class CaptionResult:
     finished: bool
 
 
-class Prompts(Protocol):
+class PromptBuilder(Protocol):
     """Makes the batch that generation starts from out of pictures to be captioned."""
 
     @property
@@ -67,7 +67,7 @@ def with_prompts(
     batch: CaptionBatch,
     tokenizer: Tokenizer,
     languages: Sequence[str | None],
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
     *,
     mark: bool = False,
 ) -> CaptionBatch:
@@ -86,12 +86,12 @@ def with_prompts(
     if prompts is not None:
         return prompts(batch, languages)
     b, i = batch.visual.shape[:2]
-    if mark and tokenizer.image_id is None:
+    if mark and tokenizer.image_token_id is None:
         raise ValueError(
-            f"pictures cannot be marked (mark_images): the tokenizer ({tokenizer.vocab_size} tokens) has no image "
+            f"pictures cannot be marked (add_image_tokens): the tokenizer ({tokenizer.vocab_size} tokens) has no image "
             f'token; "image_token" in its tokenizer_config.json names one'
         )
-    marks = [tokenizer.image_id] * i if mark and tokenizer.image_id is not None else []
+    marks = [tokenizer.image_token_id] * i if mark and tokenizer.image_token_id is not None else []
     tokens, attention_mask = tokenizer.pad([tokenizer.prompt(language) + marks for language in languages], side="left")
     tokens, attention_mask = (x.repeat(b, 1).to(batch.tokens.device) for x in (tokens, attention_mask))
     return dataclasses.replace(
@@ -99,7 +99,7 @@ def with_prompts(
         tokens=tokens,
         attention_mask=attention_mask,
         loss_mask=torch.zeros_like(attention_mask),
-        image_index=(tokens == tokenizer.image_id).long().cumsum(1) if marks else None,
+        image_index=(tokens == tokenizer.image_token_id).long().cumsum(1) if marks else None,
         first_image_index=None,
         document_ids=None,
     )
@@ -112,7 +112,7 @@ def write_captions(
     languages: Sequence[str | None] = (None,),
     *,
     generation: GenerationConfig = CAPTIONING,
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> list[list[list[CaptionResult]]]:
     """Captions the pictures of a batch, in each language; every picture is encoded once.
 
@@ -127,7 +127,7 @@ def write_captions(
     Returns:
         For each picture, for each language, its captions, best first.
     """
-    given, batch = batch, with_prompts(batch, tokenizer, languages, prompts, mark=generation.mark_images)
+    given, batch = batch, with_prompts(batch, tokenizer, languages, prompts, mark=generation.add_image_tokens)
     c = generation.limited(captioner.max_len - batch.tokens.shape[1])
     rows = generate(
         captioner,
@@ -170,7 +170,7 @@ def stream_caption(
     language: str | None = None,
     *,
     generation: GenerationConfig = CAPTIONING,
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> Iterator[str]:
     """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
 
@@ -189,7 +189,7 @@ def stream_caption(
     """
     if generation.force_words:
         raise ValueError("force_words need beams, and a caption that is streamed has none")
-    given, batch = batch, with_prompts(batch, tokenizer, [language], prompts, mark=generation.mark_images)
+    given, batch = batch, with_prompts(batch, tokenizer, [language], prompts, mark=generation.add_image_tokens)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
     content = checksums(batch, given) if c.do_sample else None
     tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, content=content)
@@ -211,7 +211,7 @@ def heatmap_of(
     tokenizer: Tokenizer,
     batch: CaptionBatch,
     said: CaptionResult,
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
     *,
     mark: bool = False,
 ) -> Tensor:

@@ -38,7 +38,7 @@ class GenerationConfig:
         guidance_scale: Above 1, what the picture makes likelier than a blank one does counts for more
             (arXiv:2207.12598); it takes twice the work. Reported log-probabilities are then the guided ones.
         force_words: Words that a text must contain; needs beams, and a tokenizer (`generate` takes their ids).
-        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
+        add_image_tokens: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
             was trained so, on interleaved documents.
 
     Raises:
@@ -62,7 +62,7 @@ class GenerationConfig:
     no_repeat_ngram_size: int = 0
     guidance_scale: float = 1.0
     force_words: tuple[str, ...] = ()
-    mark_images: bool = False
+    add_image_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -163,7 +163,7 @@ def _check_setting(name: str, value: Any) -> None:
             raise ValueError(f"force_words must be a list of words, not {value!r:.80}")
         if not all(word.strip() for word in value):
             raise ValueError(f"force_words {list(value)} has an empty word")
-    elif name in ("do_sample", "mark_images") and not isinstance(value, bool):
+    elif name in ("do_sample", "add_image_tokens") and not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, not {value!r:.80}")
     if (name not in _WHOLE and name not in _REAL) or (value is None and name in _OPTIONAL):
         return

@@ -270,21 +270,21 @@ def refuse_empty(attention_mask: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- matching
 
 
-def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Tensor:
+def itm_loss(logits: Tensor, match: Tensor, is_real: Tensor | None = None) -> Tensor:
     """Image-text matching: do this image and this text belong together?
 
     Args:
         logits: (m 2), no and yes.
         match: (m) bool.
-        counted: (m) bool, which rows count; None = all.
+        is_real: (m) bool, which rows count, the others being padding; None = all.
 
     Returns:
-        A scalar, the mean over all counted rows of all processes.
+        A scalar, the mean over all real rows of all processes.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, match.long(), reduction="none")
-    counted = torch.ones_like(match) if counted is None else counted
-    return global_mean((losses * counted).sum(), counted.sum())
+    is_real = torch.ones_like(match) if is_real is None else is_real
+    return global_mean((losses * is_real).sum(), is_real.sum())
 
 
 # ----------------------------------------------------------------------------------------------- generation

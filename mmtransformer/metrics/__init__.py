@@ -6,7 +6,7 @@ METEOR and SPICE through its Java programs where they are. ``compare`` tests two
 
 from mmtransformer.metrics.bootstrap import Comparison
 from mmtransformer.metrics.clipscore import clip_score, ref_clip_score
-from mmtransformer.metrics.ptb import plain, tokenize
+from mmtransformer.metrics.ptb import normalize_text, tokenize
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.metrics.scores import CaptionScores, compare, score_captions
 
@@ -15,7 +15,7 @@ __all__ = [
     "Comparison",
     "clip_score",
     "compare",
-    "plain",
+    "normalize_text",
     "recall_at_k",
     "ref_clip_score",
     "score_captions",

@@ -187,7 +187,7 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return a text in lower case without punctuation, for comparing wordings.
 
     Apostrophes and hyphens inside words stay ("the dog's t-shirt"). The metrics do not use it: what they

@@ -256,7 +256,7 @@ class DualEncoder(Pipeline[CLIP]):
             note=card,
         )
 
-    def save_public(self, folder: str | Path) -> None:
+    def save_transformers(self, folder: str | Path) -> None:
         """Writes a folder that transformers reads: the model as the dual model it is there, tokenizer and processor.
 
         Raises:

@@ -89,7 +89,7 @@ class FewShot:
             raise ValueError(f"num_shots ({num_shots}) must be from 0 to the number of examples ({len(examples)})")
         if choose not in ("random", "nearest"):
             raise ValueError(f'choose must be "random" or "nearest", not "{choose}"')
-        self.image_id = image_token(tokenizer)
+        self.image_token_id = image_token(tokenizer)
         self.examples, self.captioner, self.tokenizer = examples, captioner, tokenizer
         self.transform = of_one_size(transform, "examples before a picture are")
         self.num_shots, self.choose, self.seed = num_shots, choose, seed
@@ -151,7 +151,7 @@ class FewShot:
             pixels=None,
             visual_tokens=torch.stack(shots),
             image_mask=None,
-            image_index=(tokens == self.image_id).long().cumsum(1),
+            image_index=(tokens == self.image_token_id).long().cumsum(1),
             first_image_index=None,
             document_ids=None,
         )
@@ -185,8 +185,8 @@ class FewShot:
         for example in shots:
             captions = self._in(example, language)
             caption = captions[int(hash64(self.seed, example, 9)) % len(captions)]
-            chunks.append([self.image_id, *tok.encode(caption.text), tok.eos_id])
-        prompt, new = sum(chunks, head) + [self.image_id], max(map(len, chunks), default=2) - 1
+            chunks.append([self.image_token_id, *tok.encode(caption.text), tok.eos_id])
+        prompt, new = sum(chunks, head) + [self.image_token_id], max(map(len, chunks), default=2) - 1
         if (needed := len(prompt) + new) > (most := self.captioner.max_len):
             fits = 0
             while len(head) + 1 + new + sum(map(len, chunks[-fits - 1 :])) <= most:

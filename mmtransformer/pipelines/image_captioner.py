@@ -14,7 +14,7 @@ from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.captions import (
     CAPTIONING,
     CaptionResult,
-    Prompts,
+    PromptBuilder,
     heatmap_of,
     stream_caption,
     write_captions,
@@ -215,7 +215,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         prompt: str | Sequence[str | None] | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompt_builder: Prompts | None = None,
+        prompt_builder: PromptBuilder | None = None,
         batch_size: int = 16,
         **changes: Any,
     ) -> list[list[CaptionResult]]:
@@ -256,8 +256,8 @@ class ImageCaptioner(Pipeline[Captioner]):
         return captions
 
     def prompt_builder(
-        self, prompt: str | Sequence[str | None] | None = None, given: Prompts | None = None
-    ) -> Prompts | None:
+        self, prompt: str | Sequence[str | None] | None = None, given: PromptBuilder | None = None
+    ) -> PromptBuilder | None:
         """What makes the prompts of a batch; None = plain ones, of a model of this library.
 
         Args:
@@ -295,7 +295,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompt_builder: Prompts | None = None,
+        prompt_builder: PromptBuilder | None = None,
         batch_size: int = 16,
         on_error: Callable[[ImageLike, ImageError], object] | None = None,
         **changes: Any,
@@ -338,7 +338,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompt_builder: Prompts | None = None,
+        prompt_builder: PromptBuilder | None = None,
     ) -> Iterator[str]:
         """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
 
@@ -373,7 +373,7 @@ class ImageCaptioner(Pipeline[Captioner]):
                 yield []
 
     @torch.inference_mode()
-    def heatmap(self, image: ImageLike, caption: CaptionResult, prompt_builder: Prompts | None = None) -> Tensor:
+    def heatmap(self, image: ImageLike, caption: CaptionResult, prompt_builder: PromptBuilder | None = None) -> Tensor:
         """Where the model looked while it wrote each word of a caption: (words gh gw).
 
         Args:
@@ -381,7 +381,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             caption: What the model said of it.
             prompt_builder: What made the prompts when it was captioned.
         """
-        mark, made = self.generation.mark_images, self.prompt_builder(given=prompt_builder)
+        mark, made = self.generation.add_image_tokens, self.prompt_builder(given=prompt_builder)
         return heatmap_of(self.ready(), self.tokenizer, self.batch([image]), caption, made, mark=mark)
 
     def prepare(self, image: Image) -> Any:

@@ -1,9 +1,9 @@
 """ImageGenerator: texts in, images out, and everything that belongs to a saved model in one folder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         model: The model.
         tokenizer: Its tokenizer.
         transform: How a picture became pixels in training: its size, and what its numbers mean.
-        config: How to draw unless a call says otherwise.
+        generation: How to draw unless a call says otherwise.
         device: Where to compute; a GPU if there is one.
 
     Raises:
@@ -53,7 +53,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
-        config: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008
+        generation: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008
         device: torch.device | str | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
@@ -74,7 +74,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             )
         self.device = pick_device(device)
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
-        self.config = config
+        self.generation = generation
 
     def __call__(
         self,
@@ -84,7 +84,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
         negative_prompt: str | None = None,
-        config: ImageGenerationConfig | None = None,
+        generation: ImageGenerationConfig | None = None,
         image: ImageLike | None = None,
         strength: float = 0.6,
         mask_image: ImageLike | None = None,
@@ -100,7 +100,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             num_images: Pictures a text: of the seeds `seed`, `seed + 1`, ...
             seed: A text and a seed make one picture, whatever else is drawn beside it; a number, or one a text.
             negative_prompt: What to keep away from.
-            config: How to draw.
+            generation: How to draw.
             image: A picture to begin with instead of noise (SDEdit).
             strength: How far from it: near 0 = hardly, 1 = as from noise.
             mask_image: A picture, white where to draw in `image` and black where it stays.
@@ -137,13 +137,13 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             edit = None if image is None else self._edit(image, strength, mask_image, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
             drawn = generate_images(
-                self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look
+                self.model, tokens, mask, noise, generation or self.generation, negative=away, edit=edit, on_step=look
             )
             found += self._images(drawn)
         return [found[i : i + num_images] for i in range(0, len(found), num_images)]
 
     def heatmap(
-        self, text: str, *, language: str | None = None, seed: int = 0, config: ImageGenerationConfig | None = None
+        self, text: str, *, language: str | None = None, seed: int = 0, generation: ImageGenerationConfig | None = None
     ) -> tuple[Image.Image, list[str], Tensor]:
         """Draws one picture and says where each word steered it.
 
@@ -151,7 +151,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             text: What to draw.
             language: See `draw`.
             seed: See `draw`.
-            config: How to draw.
+            generation: How to draw.
 
         Returns:
             The picture, the words, and (steps words gh gw): the share of the patch's look at the text that went to the
@@ -165,7 +165,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
                 text,
                 language=language,
                 seed=seed,
-                config=config,
+                generation=generation,
                 on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
             )
         look = torch.stack(looks)  # (steps q k)
@@ -221,7 +221,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PREPROCESSOR, self.transform.to_dict())
-        write_json(folder / GENERATION, asdict(self.config))
+        write_json(folder / GENERATION, asdict(self.generation))
         height, width = self.transform.size
         write_card(
             folder,
@@ -248,10 +248,6 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             model,
             Tokenizer.from_pretrained(folder),
             read_transform(folder / PREPROCESSOR, model.image_size),
-            config=settings,
+            generation=settings,
             device=device,
         )
-
-    def with_config(self, **changes: Any) -> ImageGenerationConfig:
-        """The model's own way of drawing, with some of its settings changed."""
-        return replace(self.config, **changes)

@@ -15,7 +15,7 @@ import torch
 from PIL.Image import Image
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.generation.captions import CaptionResult, Prompts, write_captions
+from mmtransformer.generation.captions import CaptionResult, PromptBuilder, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform
 from mmtransformer.pipelines.base import check_cores, check_count, fast_autocast
@@ -51,8 +51,8 @@ class Model(Protocol):
         ...
 
     def prompt_builder(
-        self, prompt: Sequence[str | None] | None = None, given: Prompts | None = None
-    ) -> Prompts | None:
+        self, prompt: Sequence[str | None] | None = None, given: PromptBuilder | None = None
+    ) -> PromptBuilder | None:
         """What makes the prompts."""
         ...
 
@@ -110,7 +110,7 @@ def caption_all(
     languages: Sequence[str | None],
     *,
     generation: GenerationConfig,
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
     words: Callable[[T], str | None] | None = None,
     batch_size: int = 16,
     threads: int | None = None,
@@ -160,7 +160,7 @@ def _captions(
     words: Sequence[str | None] | None,
     languages: Sequence[str | None],
     generation: GenerationConfig,
-    prompts: Prompts | None,
+    prompts: PromptBuilder | None,
 ) -> list[Said]:
     with fast_autocast(model.device):
         batch, made = model.batch_of(prepared), model.prompt_builder(words, prompts)
@@ -190,7 +190,7 @@ class CaptionJob:
         questions: What is asked of pictures, by index; the others are captioned.
     """
 
-    start: Callable[[str | None], tuple[Model, Prompts | None]]
+    start: Callable[[str | None], tuple[Model, PromptBuilder | None]]
     images: Images
     languages: Sequence[str | None] | None = None
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -199,7 +199,7 @@ class CaptionJob:
     questions: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def here(
-        self, model: Model, prompts: Prompts | None, indices: Iterable[int]
+        self, model: Model, prompts: PromptBuilder | None, indices: Iterable[int]
     ) -> Iterator[tuple[int, Said | ImageError]]:
         """Captions by a model in this process, in the order of the indices."""
         languages = [model.language(None)] if self.languages is None else self.languages

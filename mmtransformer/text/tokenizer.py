@@ -88,7 +88,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocab.values()) + 1  # ids may have gaps, so not len(vocab)
         self.bos_id, self.eos_id, self.pad_id = vocab[bos_token], vocab[eos_token], vocab[pad_token]
         self.eos_ids: tuple[int, ...] = (self.eos_id, *(vocab[token] for token in more_eos_tokens))
-        self.image_id: int | None = None if image_token is None else vocab[image_token]
+        self.image_token_id: int | None = None if image_token is None else vocab[image_token]
         self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
         added = backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
@@ -181,7 +181,7 @@ class Tokenizer:
         return found.ending_with(read_end_ids(folder, settings) or found.eos_ids)
 
     def with_special_tokens(
-        self, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
+        self, *, image_token: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
     ) -> Self:
         """Returns a tokenizer with more special tokens: what a hub's tokenizer lacks to drive a multimodal model.
 
@@ -190,7 +190,7 @@ class Tokenizer:
         that knows them.
 
         Args:
-            image: Whether `<|image|>` is wanted, which stands for a picture inside text.
+            image_token: Whether `<|image|>` is wanted, which stands for a picture inside text.
             languages: Codes of languages that are wanted beside those known; each gets a token such as `<|ko|>`.
             tokens: Others, such as "<|endofchunk|>"; no text will get them.
 
@@ -199,8 +199,8 @@ class Tokenizer:
         """
         check_languages(languages)
         known = (*self.languages, *(code for code in dict.fromkeys(languages) if code not in self.languages))
-        image_token = self.image_token or (IMAGE if image else None)
-        wanted = [IMAGE] * (image and self.image_token is None) + [f"<|{code}|>" for code in known] + list(tokens)
+        image = self.image_token or (IMAGE if image_token else None)
+        wanted = [IMAGE] * (image_token and self.image_token is None) + [f"<|{code}|>" for code in known] + list(tokens)
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         new = [token for token in dict.fromkeys(wanted) if backend.token_to_id(token) is None]
         backend.add_special_tokens([AddedToken(token, special=True) for token in wanted])
@@ -216,7 +216,7 @@ class Tokenizer:
             eos_token=self.eos_token,
             more_eos_tokens=self.more_eos_tokens,
             pad_token=self.pad_token,
-            image_token=image_token,
+            image_token=image,
             languages=known,
         )
         return more.ending_with(self.eos_ids)

@@ -6,9 +6,9 @@ from mmtransformer.lazy import lazy
 
 if TYPE_CHECKING:
     from mmtransformer.training.callbacks.progress import Progress as Progress
-    from mmtransformer.training.callbacks.samples import Samples as Samples
-    from mmtransformer.training.callbacks.saving import Saving as Saving
-    from mmtransformer.training.callbacks.saving import Stopped as Stopped
+    from mmtransformer.training.callbacks.samples import SamplePrinter as SamplePrinter
+    from mmtransformer.training.callbacks.saving import LastCheckpoint as LastCheckpoint
+    from mmtransformer.training.callbacks.saving import SignalExit as SignalExit
     from mmtransformer.training.engine.checkpoints import CheckpointError as CheckpointError
     from mmtransformer.training.engine.checkpoints import CheckpointFiles as CheckpointFiles
     from mmtransformer.training.engine.guard import NonFiniteError as NonFiniteError

@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
     from mmtransformer.weights.captioners.idefics import to_idefics as to_idefics
-    from mmtransformer.weights.captioners.idefics3 import idefics3_to_transformers as idefics3_to_transformers
     from mmtransformer.weights.captioners.idefics3 import load_idefics3 as load_idefics3
     from mmtransformer.weights.captioners.idefics3 import save_idefics3 as save_idefics3
+    from mmtransformer.weights.captioners.idefics3 import to_idefics3 as to_idefics3
     from mmtransformer.weights.captioners.lavis import blip2_from_lavis as blip2_from_lavis
     from mmtransformer.weights.captioners.lavis import blip2_qformer_from_lavis as blip2_qformer_from_lavis
     from mmtransformer.weights.captioners.lavis import load_lavis as load_lavis
     from mmtransformer.weights.captioners.lavis import save_lavis as save_lavis
     from mmtransformer.weights.captioners.lavis import to_lavis as to_lavis
-    from mmtransformer.weights.captioners.llava import llava_to_transformers as llava_to_transformers
     from mmtransformer.weights.captioners.llava import load_llava as load_llava
     from mmtransformer.weights.captioners.llava import save_llava as save_llava
+    from mmtransformer.weights.captioners.llava import to_llava as to_llava
     from mmtransformer.weights.captioners.open_coca import load_open_coca as load_open_coca
-    from mmtransformer.weights.captioners.open_coca import open_coca_to_open_clip as open_coca_to_open_clip
     from mmtransformer.weights.captioners.open_coca import save_open_coca as save_open_coca
+    from mmtransformer.weights.captioners.open_coca import to_open_coca as to_open_coca
     from mmtransformer.weights.captioners.openflamingo import from_openflamingo as from_openflamingo
     from mmtransformer.weights.captioners.openflamingo import load_openflamingo as load_openflamingo
     from mmtransformer.weights.captioners.openflamingo import save_openflamingo as save_openflamingo
     from mmtransformer.weights.captioners.openflamingo import to_openflamingo as to_openflamingo
     from mmtransformer.weights.captioners.paligemma import load_paligemma as load_paligemma
-    from mmtransformer.weights.captioners.paligemma import paligemma_to_transformers as paligemma_to_transformers
     from mmtransformer.weights.captioners.paligemma import save_paligemma as save_paligemma
+    from mmtransformer.weights.captioners.paligemma import to_paligemma as to_paligemma
     from mmtransformer.weights.captioners.parts.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.parts.qformer import qformer_from_bert as qformer_from_bert
     from mmtransformer.weights.captioners.vision_encoder_decoder import (

@@ -204,7 +204,7 @@ def _ids(tokenizer: Tokenizer, transform: ImageTransform, family: str) -> dict[s
     start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     ids: dict[str, dict[str, Any]] = {
         "blip": {"bos_token_id": start, "sep_token_id": end, "pad_token_id": pad},
-        "blip2": {"image_token_id": tokenizer.image_id},
+        "blip2": {"image_token_id": tokenizer.image_token_id},
         "open_coca": {"pixels": to_preprocess_cfg(transform)},
         "vision-encoder-decoder": {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": pad},
     }

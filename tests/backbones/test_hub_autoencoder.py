@@ -92,7 +92,7 @@ def test_a_model_trains_on_latents_and_leaves_the_autoencoder_alone() -> None:
 
 def test_pictures_are_drawn_edited_and_saved(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["a large red star", "큰 빨간 별"], 300, languages=["en", "ko"])
-    painter = ImageGenerator(model(), tokenizer, ImageTransform(32), config=ImageGenerationConfig(2), device="cpu")
+    painter = ImageGenerator(model(), tokenizer, ImageTransform(32), generation=ImageGenerationConfig(2), device="cpu")
     ((image,),) = painter("a large red star")
     assert image.size == (32, 32)
     _, words, heat = painter.heatmap("a large red star")

@@ -21,7 +21,7 @@ import torch
 from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.serialization import pretrained
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim, adamw
@@ -105,7 +105,7 @@ def main() -> None:
         def on_train_batch_start(self, *_: Any) -> None:
             clock.guarded.append(time.process_time())
 
-    class Last(Saving):
+    class Last(LastCheckpoint):
         def on_train_batch_end(self, *arguments: Any) -> None:
             super().on_train_batch_end(*arguments)
             ends.append(time.process_time())
@@ -114,7 +114,7 @@ def main() -> None:
         trainer = pl.Trainer(
             accelerator="cpu", logger=MetricsLog(folder), enable_model_summary=False, enable_progress_bar=False,
             default_root_dir=folder, max_steps=args.steps, gradient_clip_val=1.0, log_every_n_steps=20,
-            callbacks=[clock, First(), Throughput(), Last(minutes=1e6)],
+            callbacks=[clock, First(), Throughput(), Last(every_n_minutes=1e6)],
         )  # fmt: skip
         loader = torch.utils.data.DataLoader(batches(args.steps, args.size), batch_size=None)  # type: ignore[arg-type]
         trainer.fit(Timed(model(), optim=Optim()), train_dataloaders=loader)

@@ -146,9 +146,9 @@ def test_matching_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     s = Similarity(near, near.T, ids, ids.repeat_interleave(2), ids, ids.repeat_interleave(2))
     visual = m.qformer.project_visual(visual_tokens)
     pairs = hard_pairs(s, m.temperature, texts=2, seed=0)
-    logits, match, counted = m._matches(given, visual_tokens, visual, pairs)
+    logits, match, is_real = m._matches(given, visual_tokens, visual, pairs)
     assert logits.shape == (3 * 8, 2)
-    assert match.shape == counted.shape == (3 * 8,)
+    assert match.shape == is_real.shape == (3 * 8,)
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
     assert json.loads((lm / "config.json").read_text("utf-8"))["model_type"] == family
     two = tmp_path / "two"
     fit(
-        capsys, "qformer_coco", two, f"--data.source={images}", "--data.transform.image_size=32",
+        capsys, "qformer_stage2_coco", two, f"--data.source={images}", "--data.transform.image_size=32",
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}",
         f"--data.tokenizer={lm}",
     )  # fmt: skip
@@ -187,7 +187,7 @@ def test_the_papers_hyper_parameters() -> None:
     """arXiv:2301.12597, section 3.4: both stages."""
     import yaml
 
-    for name, low in (("qformer_stage1_coco", 1e-5), ("qformer_coco", 5e-5)):
+    for name, low in (("qformer_stage1_coco", 1e-5), ("qformer_stage2_coco", 5e-5)):
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8"))
         optim = recipe["model"]["init_args"]["optim"]
         assert (optim["kind"], optim["betas"], optim["weight_decay"]) == ("adamw", [0.9, 0.98], 0.05)
@@ -195,7 +195,7 @@ def test_the_papers_hyper_parameters() -> None:
         assert optim["lr"] * optim["min_lr_ratio"] == pytest.approx(low)
         data = recipe["data"]["init_args"]
         assert data["augment"]["flip"]
-        if name == "qformer_coco":
+        if name == "qformer_stage2_coco":
             assert (data["image"]["image_size"], data["image"]["resize"]) == (224, "squash")
         else:  # the size is the tower's own
             assert data["resize"] == "squash"

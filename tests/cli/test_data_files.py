@@ -74,7 +74,7 @@ def test_a_file_of_data_stays_a_path(kind: str, spelling: str, capsys: pytest.Ca
     assert found["data"]["init_args"]["source"] == name
 
 
-@pytest.mark.parametrize("recipe", ["finetune_hub", "clip_finetune"])
+@pytest.mark.parametrize("recipe", ["finetune_hub", "finetune_clip"])
 def test_in_other_recipes_too(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("captions.csv").write_text(table(","))
     for words in SPELLINGS.values():

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
+from mmtransformer import ImageGenerationConfig
 from mmtransformer.cli import main
 from mmtransformer.pipelines.base import write_card
 from mmtransformer.plots import Card, CardCaption, save_html_gallery
@@ -61,11 +62,10 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
 
     class Painter:
+        generation = ImageGenerationConfig()
+
         def __call__(self, *_: Any, **__: Any) -> list[list[Image.Image]]:
             return [[Image.new("RGB", (8, 8))]]
-
-        def with_config(self, **_: Any) -> None:
-            return None
 
     stand_in(ImageGenerator, Painter())
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"

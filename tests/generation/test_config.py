@@ -80,9 +80,9 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
     add_generation_options(parser)
     assert generation_changes(parser.parse_args([])) == {}
     words = ["--num-beams", "4", "--length-penalty", "0.5", "--do-sample", "--force-words", "a", "--force-words", "b c"]
-    assert generation_changes(parser.parse_args([*words, "--no-mark-images", "--top-k", "7"])) == {
-        "num_beams": 4, "length_penalty": 0.5, "do_sample": True, "force_words": ["a", "b c"], "mark_images": False,
-        "top_k": 7,
+    assert generation_changes(parser.parse_args([*words, "--no-add-image-tokens", "--top-k", "7"])) == {
+        "num_beams": 4, "length_penalty": 0.5, "do_sample": True, "force_words": ["a", "b c"],
+        "add_image_tokens": False, "top_k": 7,
     }  # fmt: skip
     text = " ".join(parser.format_help().split())
     for field in dataclasses.fields(GenerationConfig):

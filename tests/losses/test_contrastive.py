@@ -227,9 +227,9 @@ def test_matching_waits_for_no_device() -> None:
 
 def test_itm_is_cross_entropy_of_what_counts() -> None:
     logits, match = torch.randn(7, 2, dtype=torch.float64), torch.tensor([1, 0, 0, 1, 0, 1, 1]).bool()
-    counted = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
-    expected = F.cross_entropy(logits[counted], match[counted].long())
-    assert float(itm_loss(logits, match, counted)) == pytest.approx(float(expected))
+    is_real = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
+    expected = F.cross_entropy(logits[is_real], match[is_real].long())
+    assert float(itm_loss(logits, match, is_real)) == pytest.approx(float(expected))
     assert float(itm_loss(logits, match)) == pytest.approx(float(F.cross_entropy(logits, match.long())))
     assert float(itm_loss(logits, match, torch.zeros_like(match))) == 0.0
 

@@ -92,10 +92,10 @@ def examples_in(row: torch.Tensor) -> list[str]:
     """The captions of a prompt, between its marks."""
     tok = tokenizer()
     ids = [i for i in row.tolist() if i != tok.pad_id]
-    assert ids[-1] == tok.image_id
+    assert ids[-1] == tok.image_token_id
     chunks: list[list[int]] = []
     for i in ids[:-1]:
-        if i == tok.image_id:
+        if i == tok.image_token_id:
             chunks.append([])
         elif chunks:
             chunks[-1].append(i)
@@ -131,7 +131,7 @@ def test_a_prompt_has_the_form_of_a_document(choose: str) -> None:
         # the same ids, and the same view of pictures, as a document of these pictures and texts
         document = Document(("", *said, "x"), language)
         (piece,) = DocumentRows(OneDocument(document), tok, max_len=256).row(0)
-        whole = lay_out([piece], batch.tokens.new_tensor(tok.image_id).item())  # type: ignore[arg-type]
+        whole = lay_out([piece], batch.tokens.new_tensor(tok.image_token_id).item())  # type: ignore[arg-type]
         q = int(batch.attention_mask[row].sum())
         assert batch.tokens[row, -q:].tolist() == whole.tokens[:q].tolist()
         assert batch.image_index is not None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -34,7 +35,7 @@ def painter() -> ImageGenerator:
     model = TextToImageModel(text, DiffusionTransformer(8, 3, 16, 2, 2, context_dim=12))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return ImageGenerator(model, tokenizer, ImageTransform((16, 24)), config=ImageGenerationConfig(3), device="cpu")
+    return ImageGenerator(model, tokenizer, ImageTransform((16, 24)), generation=ImageGenerationConfig(3), device="cpu")
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -88,7 +89,7 @@ def test_what_stays_outside_the_mask(painter: ImageGenerator) -> None:
 def test_it_is_the_same_from_its_folder(painter: ImageGenerator, tmp_path: Path) -> None:
     painter.save_pretrained(tmp_path / "model", card="scores")
     loaded = ImageGenerator.from_pretrained(tmp_path / "model", device="cpu")
-    assert loaded.config == painter.config
+    assert loaded.generation == painter.generation
     assert np.array_equal(np.asarray(loaded(TEXTS[0])[0][0]), np.asarray(painter(TEXTS[0])[0][0]))
     assert "text-to-image" in (tmp_path / "model" / "README.md").read_text("utf-8")
     settings = tmp_path / "model" / "generation_config.json"
@@ -152,8 +153,8 @@ def test_the_command_refuses(
 
 
 def test_no_guidance_at_all_draws_without_the_text(painter: ImageGenerator) -> None:
-    config = painter.with_config(guidance_scale=0.0)
-    assert same(painter(TEXTS[0], seed=2, config=config)[0][0], painter(TEXTS[2], seed=2, config=config)[0][0])
+    plain = replace(painter.generation, guidance_scale=0.0)
+    assert same(painter(TEXTS[0], seed=2, generation=plain)[0][0], painter(TEXTS[2], seed=2, generation=plain)[0][0])
 
 
 def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def captioner(**options: Any) -> VisionEncoderDecoder:
 
 def qformer(**options: Any) -> QFormer:
     sizes: dict[str, Any] = {"num_queries": 3, "dim": 12, "depth": 2, "num_heads": 3, "visual_dim": 20}
-    arguments: dict[str, Any] = {"cross_attention_frequency": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5}
+    arguments: dict[str, Any] = {"cross_attention_frequency": 1, "mlp_dim": 29, "dropout": 0.2, "norm_eps": 1e-5}
     return QFormer(**sizes | arguments | options)
 
 
@@ -394,7 +394,7 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a TextToImageModel, a model that draws; it captions"):
         ImageGenerator.from_pretrained(tmp_path)
     CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a CLIP, not a Captioner; it compares .* DualEncoder .*save_public"):
+    with pytest.raises(ValueError, match=r"holds a CLIP, not a Captioner; it compares .*save_transformers"):
         mmtransformer.Captioner.from_pretrained(tmp_path)
 
 

@@ -134,14 +134,14 @@ def arguments(name: str, folder: Path) -> list[str]:
         from support.hub import folder as public_folder
 
         return [root, f"--model.init={public_folder(folder / 'model', 'blip')}", "--model.tuning.save_merged=true"]
-    if name == "clip_finetune":
+    if name == "finetune_clip":
         return [root, f"--model.init={dual_model(folder / 'model')}"]
     if name == "clip_flickr8k":
         ViT(32, 8, 192, 1, 3).save_pretrained(folder / "vit")
         cache = f"--data.cache_features.folder={folder / 'features'}"
         return [root, f"--model.model.vision.source={folder / 'vit'}", cache]
-    if name in ("qformer_stage2_flickr8k", "qformer_coco"):
-        language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
+    if name in ("qformer_stage2_flickr8k", "qformer_stage2_coco"):
+        language = language_model(folder / "lm", "gpt2" if name == "qformer_stage2_coco" else "ours")
         cache = [f"--data.cache_features.folder={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []
         return [root, *language, stage1(folder / "stage1"), "--data.transform.image_size=32", *cache]
     dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)

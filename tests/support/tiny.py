@@ -35,7 +35,7 @@ from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import Augment
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Task
@@ -186,7 +186,7 @@ def fit(
         default_root_dir=folder,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        callbacks=[witness, Saving(every_steps=every_steps)],
+        callbacks=[witness, LastCheckpoint(every_n_train_steps=every_steps)],
         **({"max_epochs": 3} | arguments),
     )
     mixed = {"mixture": True} if mixture else {}

@@ -48,7 +48,7 @@ def nfc(text: str) -> str:
 
 def specials(tokenizer: Tokenizer) -> set[int]:
     ids = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.prompt("en"), *tokenizer.prompt("ko")}
-    return ids | {tokenizer.image_id} if tokenizer.image_id is not None else ids
+    return ids | {tokenizer.image_token_id} if tokenizer.image_token_id is not None else ids
 
 
 # ---------------------------------------------------------------------------------------------- the law
@@ -101,7 +101,7 @@ def test_a_word_has_the_same_ids_at_the_start_and_inside(tokenizer: Tokenizer) -
 
 
 def test_special_tokens_come_first_then_bytes_then_merges(tokenizer: Tokenizer) -> None:
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_id) == (0, 1, 2, 3)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.image_token_id) == (0, 1, 2, 3)
     assert tokenizer.languages == ("en", "ko")
     assert tokenizer.prompt() == [1]
     assert tokenizer.prompt("en") == [1, 4]
@@ -156,7 +156,7 @@ def test_unknown_language_names_the_known_ones(tokenizer: Tokenizer) -> None:
 def test_decode_drops_special_tokens_and_stops_at_eos(tokenizer: Tokenizer) -> None:
     text = tokenizer.encode("빨간 별")
     assert tokenizer.decode([*tokenizer.prompt("ko"), *text, tokenizer.eos_id, *text]) == "빨간 별"
-    assert tokenizer.decode([tokenizer.pad_id, *text, tokenizer.image_id or 0]) == "빨간 별"
+    assert tokenizer.decode([tokenizer.pad_id, *text, tokenizer.image_token_id or 0]) == "빨간 별"
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode(torch.tensor(text)) == "빨간 별"  # type: ignore[arg-type]
 
@@ -295,7 +295,7 @@ def gpt2(folder: Path) -> Path:
 def test_gpt2_folder(tmp_path: Path) -> None:
     loaded = Tokenizer.from_pretrained(gpt2(tmp_path / "gpt2"))
     assert loaded.vocab_size == 301
-    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.image_id) == (300, 300, 300, None)
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.image_token_id) == (300, 300, 300, None)
     for text in (
         "a red star",
         " a red star",
@@ -574,25 +574,25 @@ def bert(folder: Path) -> Path:
 @pytest.mark.parametrize("hub", HUBS)
 def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path) -> None:
     old = Tokenizer.from_pretrained(HUBS[hub](tmp_path / "hub"))
-    assert old.image_id is None
+    assert old.image_token_id is None
     before = {text: old.encode(text) for text in ("a red star", "별이 <|image|> <|ko|>")}
-    new = old.with_special_tokens(image=True, languages=["en", "ko"], tokens=["<|endofchunk|>"])
+    new = old.with_special_tokens(image_token=True, languages=["en", "ko"], tokens=["<|endofchunk|>"])
     count = old.vocab_size
     assert new.vocab_size == count + 4
-    assert new.image_id == count
+    assert new.image_token_id == count
     assert new.prompt("en") == [old.bos_id, count + 1]
     assert new.prompt("ko") == [old.bos_id, count + 2]
     assert new.backend.token_to_id("<|endofchunk|>") == count + 3
     assert (new.bos_id, new.eos_id, new.pad_id) == (old.bos_id, old.eos_id, old.pad_id)
-    assert (old.image_id, old.vocab_size, old.languages) == (None, count, ())  # the old one is as it was
+    assert (old.image_token_id, old.vocab_size, old.languages) == (None, count, ())  # the old one is as it was
     for text, ids in before.items():
         assert new.encode(text) == ids
     assert new.decode([count, *before["a red star"], count + 2]) == "a red star"
     new.save_pretrained(tmp_path / "new")
     again = Tokenizer.from_pretrained(tmp_path / "new")
-    assert (again.image_id, again.languages, again.vocab_size) == (count, ("en", "ko"), count + 4)
+    assert (again.image_token_id, again.languages, again.vocab_size) == (count, ("en", "ko"), count + 4)
     assert again.encode("별이 <|image|> <|endofchunk|>") == new.encode("별이 <|image|> <|endofchunk|>")
-    assert again.with_special_tokens(image=True, languages=["ko"]).backend.to_str() == again.backend.to_str()
+    assert again.with_special_tokens(image_token=True, languages=["ko"]).backend.to_str() == again.backend.to_str()
     more = again.with_special_tokens(languages=["ko", "fr", "fr"])
     assert (more.languages, more.prompt("fr")[1]) == (("en", "ko", "fr"), count + 4)
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "new")
@@ -603,7 +603,7 @@ def test_special_tokens_cannot_fall_in_gaps(tokenizer: Tokenizer) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 1}, unk_token="a"))
     gaps = Tokenizer(backend, bos_token=EOS, pad_token=EOS)
     with pytest.raises(ValueError, match=r"<\|image\|> got the ids \[3\], not those from 10 on.* 3 tokens have gaps"):
-        gaps.with_special_tokens(image=True)
+        gaps.with_special_tokens(image_token=True)
     with pytest.raises(ValueError, match="language 'K-O' is not a code"):
         tokenizer.with_special_tokens(languages=["K-O"])
 
@@ -612,10 +612,10 @@ def test_a_decoder_learns_the_tokens_that_a_tokenizer_was_given(tmp_path: Path) 
     from mmtransformer import ExtendedVocabulary, TextDecoder
 
     old = Tokenizer.from_pretrained(llama(tmp_path / "llama"))
-    new = old.with_special_tokens(image=True, languages=["ko"])
+    new = old.with_special_tokens(image_token=True, languages=["ko"])
     decoder = TextDecoder(old.vocab_size, 24, 1, 4, max_len=29)
     decoder = ExtendedVocabulary(decoder, new.vocab_size - old.vocab_size, first=old.vocab_size)
-    ids = torch.tensor([[*new.prompt("ko"), new.image_id or 0, *new.encode("red 별")]])
+    ids = torch.tensor([[*new.prompt("ko"), new.image_token_id or 0, *new.encode("red 별")]])
     assert decoder.head(decoder(ids)).shape == (1, ids.shape[1], new.vocab_size)
 
 

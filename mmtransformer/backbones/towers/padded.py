@@ -37,7 +37,7 @@ def pad_images(images: Sequence[Sequence[Tensor]], patch_size: int) -> tuple[Ten
     return rows.unflatten(0, shape), torch.tensor(packed.grids).unflatten(0, shape)
 
 
-def picture_features(
+def image_features_of(
     vit: ViT, patches: Tensor, grids: Tensor, indices: Sequence[int] | None = None
 ) -> list[Tensor | None]:
     """Each picture's visual tokens, prefix tokens first, (t d); None where there is no picture.
@@ -72,9 +72,9 @@ def padded_features(vit: ViT, patches: Tensor, grids: Tensor, indices: Sequence[
     """The visual tokens of all pictures, filled up with zeros: (... p c), (... 2) -> (... t d); see `token_mask`.
 
     Raises:
-        ValueError: as `picture_features`, and if there is no picture at all.
+        ValueError: as `image_features_of`, and if there is no picture at all.
     """
-    found = picture_features(vit, patches, grids, indices)
+    found = image_features_of(vit, patches, grids, indices)
     like = next((tokens for tokens in found if tokens is not None), None)
     if like is None:
         raise ValueError("a batch of pictures of native size needs at least one picture")

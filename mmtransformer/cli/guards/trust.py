@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1 << 20, 100_000, 50
 _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", "timm")
 BUILDERS = (
-    "mmtransformer.captioners.blip2.from_stage1",
+    "mmtransformer.captioners.blip2.blip2_from_stage1",
     "mmtransformer.training.tasks.captioning.finetune",
     "mmtransformer.training.tasks.contrastive_learning.finetune_clip",
     "mmtransformer.weights.captioners.parts.qformer.qformer_from_bert",

@@ -37,18 +37,18 @@ class Layout(NamedTuple):
     document_ids: np.ndarray
 
 
-def lay_out(pieces: list[Piece], image_id: int) -> Layout:
+def lay_out(pieces: list[Piece], image_token_id: int) -> Layout:
     """Lays documents side by side. The loss is where Flamingo puts it: on text that follows a picture of its own
     document, its end included; not on image tokens, nor on what comes before the first picture.
     """
     tokens = np.concatenate([piece.tokens for piece in pieces]).astype(np.int64)
     sizes = [len(piece.tokens) for piece in pieces]
     before = np.repeat(np.cumsum([0] + [piece.images for piece in pieces[:-1]]), sizes)
-    image_index = np.cumsum(tokens == image_id)
+    image_index = np.cumsum(tokens == image_token_id)
     image_index[image_index == before] = 0
     return Layout(
         tokens=tokens,
-        loss_mask=(image_index > 0) & (tokens != image_id),
+        loss_mask=(image_index > 0) & (tokens != image_token_id),
         image_index=image_index,
         first_image_index=before + 1,
         document_ids=np.repeat(np.arange(len(pieces)), sizes),
@@ -121,7 +121,7 @@ class DocumentDataset(Dataset[DocumentSample]):
 
     def _sample(self, epoch: int, at: int) -> DocumentSample:
         pieces = self.rows.row(at)
-        layout = lay_out(pieces, self.rows.image_id)
+        layout = lay_out(pieces, self.rows.image_token_id)
         places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.images)]
         pixels = [self._pixels(epoch, document, k) for document, k in places]
         image_mask = np.array([one is not None for one in pixels])

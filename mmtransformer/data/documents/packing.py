@@ -76,7 +76,7 @@ class DocumentRows:
         seed: int = 0,
         parts: Sequence[int] | None = None,
     ):
-        self.image_id = image_token(tokenizer)
+        self.image_token_id = image_token(tokenizer)
         if max_len < 5:
             raise ValueError(f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos")
         if max_images < 1:
@@ -173,7 +173,7 @@ class DocumentRows:
 
     def _part(self, ids: list[int], first: int, end: int) -> Iterator[tuple[int, int, list[int]]]:
         """A part of a document, without pictures at its end that no text follows."""
-        while ids[-1] == self.image_id:
+        while ids[-1] == self.image_token_id:
             ids, end = ids[:-1], end - 1
             self.unread += 1
         if end > first:
@@ -182,11 +182,11 @@ class DocumentRows:
     def _chunk(self, ids: list[int], room: int) -> list[int]:
         """A picture and its text, closed where there is a text and it is whole."""
         if not ids:
-            return [self.image_id]
+            return [self.image_token_id]
         if len(ids) + 2 <= room:
-            return [self.image_id, *ids, self.tokenizer.eos_id]
+            return [self.image_token_id, *ids, self.tokenizer.eos_id]
         self.cut += 1
-        return [self.image_id, *self._first_words(ids, room - 1)]
+        return [self.image_token_id, *self._first_words(ids, room - 1)]
 
     def _first_words(self, ids: list[int], room: int) -> list[int]:
         ends = [max(places) + 1 for _, places in self.tokenizer.words(ids)]

@@ -166,7 +166,7 @@ class Collate:
 
     Args:
         pad_id: The id that fills the rows up.
-        image_id: The image token, where prompts show with it where the picture stands.
+        image_token_id: The image token, where prompts show with it where the picture stands.
         patch_size: Side of the patches, px, that pictures of native size are cut into here.
         complete: Adds what else a public model reads of a batch.
         tiled: A public model's processor, if it cuts pictures into tiles: the prompt before a caption then depends on
@@ -176,13 +176,13 @@ class Collate:
     def __init__(
         self,
         pad_id: int,
-        image_id: int | None = None,
+        image_token_id: int | None = None,
         *,
         patch_size: int | None = None,
         complete: Callable[[CaptionBatch], CaptionBatch] | None = None,
         tiled: Processor | None = None,
     ):
-        self.pad_id, self.image_id, self.complete, self.tiled = pad_id, image_id, complete, tiled
+        self.pad_id, self.image_token_id, self.complete, self.tiled = pad_id, image_token_id, complete, tiled
         self.patch_size = patch_size
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
@@ -212,8 +212,8 @@ class Collate:
                 patch_grids=grids,
                 visual_tokens=_stack([sample.visual_tokens for sample in samples]),
                 image_index=None
-                if self.image_id is None
-                else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * attention_mask),
+                if self.image_token_id is None
+                else torch.from_numpy(np.cumsum(tokens == self.image_token_id, axis=1) * attention_mask),
             )
         else:
             batch = dataclasses.replace(images, **texts)

@@ -46,12 +46,12 @@ def image_token(tokenizer: Tokenizer) -> int:
     Raises:
         ValueError: The tokenizer has none.
     """
-    if tokenizer.image_id is None:
+    if tokenizer.image_token_id is None:
         raise ValueError(
             f"the tokenizer ({tokenizer.vocab_size} tokens) has no image token, so no text can say where a picture "
             'stands; add one: "image_token" in its tokenizer_config.json names a token of the vocabulary'
         )
-    return tokenizer.image_id
+    return tokenizer.image_token_id
 
 
 class CaptionRow(NamedTuple):
@@ -211,7 +211,7 @@ def _place(contents: Contents, tokenizer: Tokenizer, max_len: int, mark: bool) -
     """Where the ids of a split's captions lie, and what they are of."""
     prompts = [tokenizer.prompt(code) for code in (None, *tokenizer.languages)]
     how = [tokenizer.backend.to_str(), tokenizers.__version__, tokenizer.languages, prompts, tokenizer.eos_id]
-    key = hashlib.sha256(json.dumps([*how, tokenizer.image_id, max_len, mark]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([*how, tokenizer.image_token_id, max_len, mark]).encode()).hexdigest()[:16]
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     return cache_folder("captions") / f"{contents.name}-{key}{SUFFIX}", {"pairs": contents.checksum, "code": code}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from mmtransformer.serialization.printable import say
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -82,7 +82,7 @@ class Signs:
 
 
 @contextmanager
-def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: Saving | None) -> Iterator[None]:
+def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: LastCheckpoint | None) -> Iterator[None]:
     """Where processes compute together: one that is lost ends the others in a line that names it.
 
     Args:

@@ -17,7 +17,7 @@ from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import split_languages
 
 
-class Samples(pl.Callback):
+class SamplePrinter(pl.Callback):
     """Prints what the model can do by now (`Task.sample`), every so many seconds.
 
     Nothing random is drawn, so a run with samples and one without are the same.
@@ -83,7 +83,7 @@ def sample_captions(
     with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
         batch = data.collate(data.val_splits[0])([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
-    greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
+    greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, add_image_tokens=data.add_image_tokens)
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy, prompts=data.prompting)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):

@@ -33,7 +33,7 @@ from mmtransformer.training.engine.sharded import Sharded
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(SystemExit):
+class SignalExit(SystemExit):
     """The run obeyed a signal, after it was saved; the process ends with 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
@@ -41,7 +41,7 @@ class Stopped(SystemExit):
         self.number = number
 
 
-class Saving(Checkpoint):
+class LastCheckpoint(Checkpoint):
     """Writes checkpoints/last.ckpt, from which the run goes on bit for bit.
 
     SIGTERM (what schedulers send) and SIGINT (Ctrl+C) end the run after the optimizer step that is being computed: it
@@ -50,16 +50,21 @@ class Saving(Checkpoint):
     seconds (see `processes.watched`, which calls `rescue`).
 
     Args:
-        folder: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
-        every_steps: Optimizer steps between checkpoints; 0 goes by the clock alone.
-        minutes: Most minutes between checkpoints.
+        dirpath: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
+        every_n_train_steps: Optimizer steps between checkpoints; 0 goes by the clock alone.
+        every_n_minutes: Most minutes between checkpoints.
     """
 
-    def __init__(self, folder: str | Path | None = None, *, every_steps: int = 0, minutes: float = 10.0) -> None:
-        if every_steps < 0 or minutes <= 0:
-            raise ValueError(f"every_steps ({every_steps}) must be at least 0 and minutes ({minutes}) above 0")
-        self.folder = None if folder is None else Path(folder)
-        self.every_steps, self.minutes = every_steps, minutes
+    def __init__(
+        self, dirpath: str | Path | None = None, *, every_n_train_steps: int = 0, every_n_minutes: float = 10.0
+    ) -> None:
+        if every_n_train_steps < 0 or every_n_minutes <= 0:
+            raise ValueError(
+                f"every_n_train_steps ({every_n_train_steps}) must be at least 0 and every_n_minutes "
+                f"({every_n_minutes}) above 0"
+            )
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.signal = 0
         self.path = Path("last" + SUFFIX)
         self._trainer: pl.Trainer | None = None
@@ -73,7 +78,7 @@ class Saving(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes over the writing of checkpoint files, and clears away what a killed run left."""
         self._from, self.earlier, self._began = 0, 0.0, time.monotonic()
-        folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
+        folder = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
         self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
             trainer.strategy.checkpoint_io = CheckpointFiles()
@@ -151,7 +156,7 @@ class Saving(Checkpoint):
         if trainer.world_size > 1:
             self._place = place_of(trainer)
         step, number = trainer.global_step, self._agreed(trainer)
-        due = self.every_steps and step % self.every_steps == 0
+        due = self.every_n_train_steps and step % self.every_n_train_steps == 0
         late = self._late(trainer)
         last = epoch_ends(trainer) and not validation_follows(trainer)
         if (due or late or number) and not last:  # The epoch's end is saved when it has ended.
@@ -197,7 +202,7 @@ class Saving(Checkpoint):
                 log.resume(checkpoint.get("rows", 0))
 
     def _late(self, trainer: pl.Trainer) -> bool:
-        late = time.monotonic() - self._clock > 60 * self.minutes
+        late = time.monotonic() - self._clock > 60 * self.every_n_minutes
         return bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
 
     def _agreed(self, trainer: pl.Trainer) -> int:
@@ -212,7 +217,7 @@ class Saving(Checkpoint):
         if number:
             if trainer.is_global_zero:
                 say(f"stopped at step {trainer.global_step}; go on with --resume ({self.path})", file=sys.stderr)
-            raise Stopped(number)
+            raise SignalExit(number)
 
     def _leave_validation(self, trainer: pl.Trainer) -> None:
         """Puts the model back where its moving average is being validated."""

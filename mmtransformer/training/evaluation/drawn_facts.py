@@ -1,7 +1,7 @@
 """How true drawings are: pictures drawn from the texts of known scenes, read back, and judged fact by fact."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,10 +82,12 @@ def score_drawings(
     Returns:
         The scores and the drawings.
     """
-    config = painter.config if guidance_scale is None else painter.with_config(guidance_scale=guidance_scale)
+    generation = painter.generation
+    if guidance_scale is not None:
+        generation = replace(generation, guidance_scale=guidance_scale)
     texts = texts_of(split, language, count)
     seeds = range(first_seed, first_seed + len(texts))
-    drawn = painter(texts, language=language, seed=seeds, config=config, truncate=True)
+    drawn = painter(texts, language=language, seed=seeds, generation=generation, truncate=True)
     drawings = [image for (image,) in drawn]
     return judge_drawings(split, drawings), drawings
 

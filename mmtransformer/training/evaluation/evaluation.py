@@ -15,7 +15,7 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import FactScores
 from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.generation.captions import CAPTIONING, CaptionResult, Prompts, write_captions
+from mmtransformer.generation.captions import CAPTIONING, CaptionResult, PromptBuilder, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.metrics import CaptionScores, score_captions
 from mmtransformer.serialization.writing import write_whole
@@ -121,7 +121,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
     n_resamples: int = 1000,
-    prompts: Prompts | None = None,
+    prompts: PromptBuilder | None = None,
 ) -> Evaluation:
     """Captions whole splits in every language that they have, and scores the captions.
 

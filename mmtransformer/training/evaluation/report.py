@@ -16,7 +16,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
-from mmtransformer.generation.captions import Prompts
+from mmtransformer.generation.captions import PromptBuilder
 from mmtransformer.images import ImageError
 from mmtransformer.metrics.scores import HEADLINE, TABLE
 from mmtransformer.pipelines.base import write_json
@@ -140,7 +140,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
     )
 
 
-def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: Prompts | None) -> Tensor | None:
+def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: PromptBuilder | None) -> Tensor | None:
     """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
     if not prediction.said.words or not model.model.has_heatmaps:
         return None

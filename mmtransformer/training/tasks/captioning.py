@@ -104,7 +104,7 @@ class Captioning(Task):
             check_reader(self.captioner, blind=True)
         if data is None:
             return
-        self.generation = dataclasses.replace(self.generation, mark_images=data.mark_images)
+        self.generation = dataclasses.replace(self.generation, add_image_tokens=data.add_image_tokens)
         check_texts(data, data.max_len, self.captioner, "decoder")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")

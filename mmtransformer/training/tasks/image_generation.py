@@ -38,8 +38,8 @@ class ImageGeneration(Task[CaptionData]):
         model: The model.
         optim: The optimizer and its schedule.
         generation: How pictures are drawn when the run is evaluated; saved with the model.
-        num_scored: Texts of each split and language that are drawn and judged when the run ends.
-        num_watched: The same, fewer, at every validation: a curve over the run; 0 = none.
+        num_test_images: Texts of each split and language that are drawn and judged when the run ends.
+        num_validation_images: The same, fewer, at every validation: a curve over the run; 0 = none.
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
         captioner: Folder of a captioner of scenes that also reads what is drawn of the validation splits, and whose
             vision encoder tells how far drawings are from true pictures; None = the reader by rules alone.
@@ -55,20 +55,21 @@ class ImageGeneration(Task[CaptionData]):
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         generation: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008 (frozen)
-        num_scored: int = 200,
-        num_watched: int = 0,
+        num_test_images: int = 200,
+        num_validation_images: int = 0,
         guidance_scales: Sequence[float] = (),
         captioner: str | None = None,
         num_cards: int = 24,
     ) -> None:
         super().__init__(optim)
-        if num_scored < 1 or num_cards < 0 or num_watched < 0:
+        if num_test_images < 1 or num_cards < 0 or num_validation_images < 0:
             raise ValueError(
-                f"num_scored ({num_scored}) must be at least 1, num_watched ({num_watched}) and num_cards "
-                f"({num_cards}) not below 0"
+                f"num_test_images ({num_test_images}) must be at least 1, num_validation_images "
+                f"({num_validation_images}) and num_cards ({num_cards}) not below 0"
             )
-        self.model, self.generation, self.num_scored, self.num_cards = model, generation, num_scored, num_cards
-        self.num_watched, self.guidance_scales = num_watched, tuple(guidance_scales)
+        self.model, self.generation, self.num_cards = model, generation, num_cards
+        self.num_test_images, self.num_validation_images = num_test_images, num_validation_images
+        self.guidance_scales = tuple(guidance_scales)
         self.captioner = None if captioner is None else ImageCaptioner.from_pretrained(captioner, device="cpu")
 
     def setup(self, stage: str) -> None:
@@ -93,12 +94,12 @@ class ImageGeneration(Task[CaptionData]):
     def on_validation_epoch_end(self) -> None:
         """Draws and judges a few texts of each split, where its scenes are known."""
         data = self.data
-        if data is not None and self.num_watched and not self.trainer.sanity_checking:
+        if data is not None and self.num_validation_images and not self.trainer.sanity_checking:
             painter = ImageGenerator(
-                self.model, data.tokenizer, data.transform, config=self.generation, device=self.device
+                self.model, data.tokenizer, data.transform, generation=self.generation, device=self.device
             )
             for split, batches in zip(self.split_names, self.trainer.num_val_batches, strict=True):
-                pairs, count = data.pairs(split), min(self.num_watched, int(batches * data.batch_size))
+                pairs, count = data.pairs(split), min(self.num_validation_images, int(batches * data.batch_size))
                 if not isinstance(pairs, SceneSplit):
                     continue
                 for language in pairs.languages:
@@ -112,8 +113,10 @@ class ImageGeneration(Task[CaptionData]):
         data = self.data
         if data is None:
             return
-        painter = ImageGenerator(self.model, data.tokenizer, data.transform, config=self.generation, device=run.device)
-        count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
+        painter = ImageGenerator(
+            self.model, data.tokenizer, data.transform, generation=self.generation, device=run.device
+        )
+        count = self.num_test_images if run.limit_batches is None else min(self.num_test_images, 2 * run.limit_batches)
         scores, curve, reader, seeds, second, cards = {}, {}, {}, {}, {}, []
         for split in data.val_splits:
             pairs = data.pairs(split)

@@ -272,7 +272,7 @@ class IdeficsProcessor(Processor):
         marks = [self.encode(mark, special=False) for mark in (_FAKE, _IMAGE)]
         if [len(ids) for ids in marks] != [1, 1] or bos != config.get("bos_token_id", 1):
             raise ValueError(f"{folder}: the tokenizer has no {_FAKE} and {_IMAGE} as tokens, or another bos than <s>")
-        self.image_id, self.end_id = marks[1][0], self.encode(self.tokenizer.eos_token, special=False)[0]
+        self.image_token_id, self.end_id = marks[1][0], self.encode(self.tokenizer.eos_token, special=False)[0]
 
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
         """Bos, picture, words; see `Processor`."""
@@ -286,7 +286,7 @@ class IdeficsProcessor(Processor):
         """Rows with which text comes after the picture, and sees it until another text begins; see `Processor`."""
         ends = (batch.tokens == self.end_id) & batch.attention_mask
         shown = (ends.cumsum(1) - ends.long()) == 0
-        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1) * shown)
+        return replace(batch, image_index=(batch.tokens == self.image_token_id).long().cumsum(1) * shown)
 
 
 def save_idefics(model: Flamingo, folder: str | Path) -> None:

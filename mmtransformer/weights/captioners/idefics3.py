@@ -76,7 +76,7 @@ def _check_grid(grid: tuple[int, int], context: str) -> None:
             )
 
 
-def idefics3_to_transformers(model: Llava, family: str = "smolvlm") -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_idefics3(model: Llava, family: str = "smolvlm") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
     Args:
@@ -181,9 +181,9 @@ def save_idefics3(model: Llava, folder: str | Path, family: str = "smolvlm") -> 
     Args:
         model: the model.
         folder: where to.
-        family: see `idefics3_to_transformers`.
+        family: see `to_idefics3`.
 
     Raises:
         ValueError: if a part has no counterpart there, before anything is written.
     """
-    write_folder(folder, *idefics3_to_transformers(model, family))
+    write_folder(folder, *to_idefics3(model, family))

@@ -140,7 +140,7 @@ def _tiles(config: Mapping[str, Any], context: str) -> TileConfig:
     return TileConfig(points, int(found[1]), single_only=True)
 
 
-def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_llava(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their first names there.
 
     Without tiles it is a LlavaForConditionalGeneration, with them a LlavaNextForConditionalGeneration, or, where only a
@@ -263,4 +263,4 @@ def save_llava(model: Llava, folder: str | Path) -> None:
     Raises:
         ValueError: if a part has no counterpart there, before anything is written.
     """
-    write_folder(folder, *llava_to_transformers(model))
+    write_folder(folder, *to_llava(model))

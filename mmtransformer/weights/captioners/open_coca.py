@@ -130,7 +130,7 @@ def _keys(model: OpenCoCa) -> dict[str, str]:
     return keys | {"visual.attn_pool.attn.in_proj_weight": "pool.[q,k,v]_proj.weight"}
 
 
-def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_open_coca(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """open_clip's `model_cfg` of this model, and its tensors by their names there.
 
     Raises:
@@ -273,7 +273,7 @@ def save_open_coca(model: OpenCoCa, folder: str | Path, *, pixels: Mapping[str, 
     Raises:
         ValueError: if a part has no counterpart there, before anything is written.
     """
-    config, tensors = open_coca_to_open_clip(model)
+    config, tensors = to_open_coca(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"model_cfg": config, "preprocess_cfg": dict(PIXELS if pixels is None else pixels)}

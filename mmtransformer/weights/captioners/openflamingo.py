@@ -276,7 +276,7 @@ class OpenFlamingoProcessor(Processor):
         tokenizer = Tokenizer.from_pretrained(words).with_special_tokens(tokens=[END, IMAGE])
         self.encode = PromptTokenizer(words)
         self.encode.backend.add_special_tokens([AddedToken(token, special=True) for token in (END, IMAGE)])
-        (self.image_id,), ends = (self.encode(token, special=False) for token in (IMAGE, END))
+        (self.image_token_id,), ends = (self.encode(token, special=False) for token in (IMAGE, END))
         said = folder_config(tower)
         side = said.get("vision_config", said).get("image_size", 224)
         pixels = ImageTransform(side, "crop", MEAN, STD, "bicubic", backend="timm")
@@ -299,7 +299,7 @@ class OpenFlamingoProcessor(Processor):
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """Rows with which text comes after the picture; see `Processor`."""
-        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1))
+        return replace(batch, image_index=(batch.tokens == self.image_token_id).long().cumsum(1))
 
 
 def save_openflamingo(

@@ -72,7 +72,7 @@ def paligemma_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
     return model.eval()
 
 
-def paligemma_to_transformers(model: PaliGemma) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_paligemma(model: PaliGemma) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their first names there.
 
     Raises:
@@ -127,7 +127,7 @@ def save_paligemma(model: PaliGemma, folder: str | Path) -> None:
     Raises:
         ValueError: if a part has no counterpart there, before anything is written.
     """
-    write_folder(folder, *paligemma_to_transformers(model))
+    write_folder(folder, *to_paligemma(model))
 
 
 class PaliGemmaProcessor(Processor):

@@ -123,7 +123,7 @@ def questions_of(batch: CaptionBatch, rows: int) -> list[str | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Worded:
-    """Prompts of what the user says: a `Prompts` of generation.
+    """Prompts of what the user says: a `PromptBuilder` of generation.
 
     Attributes:
         processor: makes them.

@@ -166,13 +166,13 @@ def _load(folder: Path) -> Decoder:
 
 
 def load_tokenizer(
-    source: str | Path, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
+    source: str | Path, *, image_token: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
 ) -> Tokenizer:
     """A tokenizer with the special tokens that a captioner needs: for recipes (`mmtransformer.weights.load_tokenizer`).
 
     Args:
         source: a folder, or the name of a hub's repository.
-        image: see `Tokenizer.with_special_tokens`, as all that follow.
+        image_token: see `Tokenizer.with_special_tokens`, as all that follow.
         languages: codes of languages.
         tokens: others.
 
@@ -180,4 +180,4 @@ def load_tokenizer(
         ValueError: if there is no tokenizer, or it cannot get these tokens.
     """
     tokenizer = Tokenizer.from_pretrained(find_folder(source, weights=False))
-    return tokenizer.with_special_tokens(image=image, languages=languages, tokens=tokens)
+    return tokenizer.with_special_tokens(image_token=image_token, languages=languages, tokens=tokens)

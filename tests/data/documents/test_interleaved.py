@@ -335,13 +335,13 @@ def test_a_row_by_hand() -> None:
     tok = tokenizer()
     expected = [
         *tok.prompt("ko"), *tok.encode("별"),
-        tok.image_id, *tok.encode("a red star"), tok.eos_id,
-        tok.image_id,
-        tok.image_id, *tok.encode("세 개"), tok.eos_id,
+        tok.image_token_id, *tok.encode("a red star"), tok.eos_id,
+        tok.image_token_id,
+        tok.image_token_id, *tok.encode("세 개"), tok.eos_id,
     ]  # fmt: skip
     assert piece.tokens.tolist() == expected
     assert (piece.document, piece.first, piece.images) == (0, 0, 3)
-    layout = lay_out([piece], rows.image_id)
+    layout = lay_out([piece], rows.image_token_id)
     lead, one = 2 + len(tok.encode("별")), len(tok.encode("a red star")) + 1
     two = len(tok.encode("세 개")) + 1
     assert layout.image_index.tolist() == [0] * lead + [1] * (1 + one) + [2] + [3] * (1 + two)
@@ -355,11 +355,11 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
     rows = DocumentRows(Fake(documents), tokenizer(), max_len=64)
     assert len(rows) == 1
     pieces = rows.row(0)
-    layout = lay_out(pieces, rows.image_id)
+    layout = lay_out(pieces, rows.image_token_id)
     for number, piece in enumerate(pieces):
         mine = layout.document_ids == number
         before = sum(p.images for p in pieces[:number])
-        alone = lay_out([piece], rows.image_id)
+        alone = lay_out([piece], rows.image_token_id)
         assert (layout.tokens[mine] == alone.tokens).all()
         assert (layout.loss_mask[mine] == alone.loss_mask).all()
         assert (layout.image_index[mine] == np.where(alone.image_index > 0, alone.image_index + before, 0)).all()
@@ -387,10 +387,10 @@ def test_rows_hold_every_document_once(seed: int, count: int, max_len: int, max_
         assert sum(piece.images for piece in pieces) == rows.images[i] <= max_images
         for piece in pieces:
             ids = piece.tokens.tolist()
-            assert ids.count(tok.image_id) == piece.images >= 1
+            assert ids.count(tok.image_token_id) == piece.images >= 1
             assert ids[:2] == tok.prompt(documents[piece.document].language)
             found.setdefault(piece.document, []).append((piece.first, piece.images, ids))
-        assert lay_out(pieces, rows.image_id).loss_mask.any()
+        assert lay_out(pieces, rows.image_token_id).loss_mask.any()
     for number, document in enumerate(documents):
         parts = sorted(found[number])
         firsts = [first for first, _, _ in parts]
@@ -420,7 +420,7 @@ def test_of_a_long_beginning_the_end_is_kept() -> None:
     rows = DocumentRows(Fake([Document((lead.strip(), "red star"), "en")]), tokenizer(), max_len=29)
     ids = rows.row(0)[0].tokens.tolist()
     assert rows.cut == 1
-    before = tokenizer().decode(ids[2 : ids.index(tokenizer().image_id)]).split()
+    before = tokenizer().decode(ids[2 : ids.index(tokenizer().image_token_id)]).split()
     assert before == lead.split()[-len(before) :]
     assert len(before) >= 3
     assert ids[-1] == tokenizer().eos_id
@@ -490,7 +490,7 @@ def test_a_batch() -> None:
         for r, pick in enumerate(picks):
             pieces = rows.row(pick.index)
             seen += [piece.document for piece in pieces for _ in range(piece.first == 0)]
-            layout = lay_out(pieces, rows.image_id)
+            layout = lay_out(pieces, rows.image_token_id)
             q = len(layout.tokens)
             for name in ("tokens", "loss_mask", "image_index", "first_image_index", "document_ids"):
                 assert getattr(batch, name)[r, :q].tolist() == getattr(layout, name).tolist(), name

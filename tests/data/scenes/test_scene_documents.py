@@ -146,7 +146,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
             questions = prompts.examples
             pairs = data.source.pairs("questions", 6, questions.way, questions.language)
             at = [pairs.name(i) for i in range(6)].index(name)
-            assert tokenizer.decode(row.tolist()[: row.tolist().index(tokenizer.image_id)]) == ""
+            assert tokenizer.decode(row.tolist()[: row.tolist().index(tokenizer.image_token_id)]) == ""
             text = pairs.captions(at)[0].text if shots >= 2 else "nothing"
             rows.append([[CaptionResult(text, languages[0], [], 0.0, [], [], True)]])
         return rows

@@ -23,8 +23,8 @@ from mmtransformer import QFormer, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.losses.next_token import SumAndCount
-from mmtransformer.training.callbacks.samples import Samples
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.samples import SamplePrinter
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.checkpoints import read
 from mmtransformer.training.engine.guard import NonFiniteError
 from mmtransformer.training.engine.log import MetricsLog
@@ -86,7 +86,7 @@ def fit(
         log_every_n_steps=1,
         use_distributed_sampler=False,
         max_steps=steps,
-        callbacks=[Saving(every_steps=5), *([look] if look else [])],
+        callbacks=[LastCheckpoint(every_n_train_steps=5), *([look] if look else [])],
         **arguments,
     )
     trainer.fit(module, datamodule=data, ckpt_path=last if resume else None)
@@ -268,7 +268,7 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
         def shared(name: str, call: Callable[..., Any] = fit, **more: Any) -> Any:
             return call(folder / name, **settings, world=2, strategy=Sharded(), **more)
 
-        module = shared("shared", look=Samples(every_seconds=0.0), recompute=True)
+        module = shared("shared", look=SamplePrinter(every_seconds=0.0), recompute=True)
         assert type(module) is Captioning
         assert not any(isinstance(p, DTensor) for p in module.parameters())
         module.captioner.save_pretrained(folder / f"model-{rank}")

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.cli.guards.errors import one_line
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
     RECORD,
@@ -213,7 +213,7 @@ def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
         module = Captioning(tiny.captioner(), optim=Optim(nonfinite="skip"))
         trainer = pl.Trainer(
             accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
-            default_root_dir=tmp_path, limit_val_batches=0, callbacks=[Saving(every_steps=1), Poison()],
+            default_root_dir=tmp_path, limit_val_batches=0, callbacks=[LastCheckpoint(every_n_train_steps=1), Poison()],
         )  # fmt: skip
         trainer.fit(module, datamodule=tiny.scenes(), ckpt_path=path)
         return module

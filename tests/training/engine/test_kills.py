@@ -31,7 +31,7 @@ def fit(folder: Path, delay: float | None, *more: str) -> int:
     words += ["--data.source.train_size=22", "--data.source.val_size=11", "--data.source.compositional_size=7"]
     words += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.precision=32-true"]
     words += ["--trainer.val_check_interval=0.5", "--trainer.enable_progress_bar=false", "--model.optim.lr=3e-3"]
-    words += ["--trainer.callbacks=[{class_path: Saving, init_args: {every_steps: 2}}]", *more]
+    words += ["--trainer.callbacks=[{class_path: LastCheckpoint, init_args: {every_n_train_steps: 2}}]", *more]
 
     def job() -> None:
         if delay is not None:

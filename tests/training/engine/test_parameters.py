@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmtransformer import Blip2, CoCa, Flamingo, PositionConfig, QFormer, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.training.callbacks.samples import Samples
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.samples import SamplePrinter
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.parameters import in_words, not_reached, set_modes
 from mmtransformer.training.tasks.captioning import Captioning
@@ -41,7 +41,8 @@ def fit(folder: Path, steps: int, *looks: pl.Callback, resume: bool = False) -> 
     module = Captioning(captioner, optim=Optim(lr=0.01, ema_decay=0.5, lr_schedule="inverse_sqrt"))
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
-        num_sanity_val_steps=0, default_root_dir=folder, callbacks=[modes, Saving(every_steps=1), *looks],
+        num_sanity_val_steps=0, default_root_dir=folder,
+        callbacks=[modes, LastCheckpoint(every_n_train_steps=1), *looks],
     )  # fmt: skip
     last = folder / "checkpoints/last.ckpt"
     trainer.fit(module, datamodule=tiny.scenes(), ckpt_path=last if resume else None)
@@ -52,8 +53,8 @@ def test_modes_are_those_of_what_learns_whoever_looks(tmp_path: Path) -> None:
     """Bit for bit the same with samples and without, and resumed; dropout is on from the first step to the last."""
     runs = [
         fit(tmp_path / "plain", 5),
-        fit(tmp_path / "samples", 5, Samples(every_seconds=0.0)),
-        (fit(tmp_path / "resumed", 2, Samples(every_seconds=0.0)), fit(tmp_path / "resumed", 5, resume=True))[1],
+        fit(tmp_path / "samples", 5, SamplePrinter(every_seconds=0.0)),
+        (fit(tmp_path / "resumed", 2, SamplePrinter(every_seconds=0.0)), fit(tmp_path / "resumed", 5, resume=True))[1],
     ]
     for weights, seen in runs:
         assert all(torch.equal(a, b) for a, b in zip(weights, runs[0][0], strict=True))

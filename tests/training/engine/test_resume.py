@@ -24,7 +24,7 @@ from lightning.pytorch.plugins import Precision
 from mmtransformer import TextDecoder
 from mmtransformer.cli import main
 from mmtransformer.data.loading.dataset import CaptionDataset
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
 from mmtransformer.training.engine.guard import RECORD
 from mmtransformer.training.engine.internals import Place, checkpoint_of, in_a_step, place_of
@@ -228,14 +228,14 @@ class Rescued(tiny.Witness):
     """Saves the last step in the middle of another, as a process does whose others are lost, and is killed then."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        saving = next(callback for callback in trainer.callbacks if isinstance(callback, Saving))
+        saving = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
         if not in_a_step(trainer):
             saving._place = place_of(trainer)
         super().on_train_batch_end(trainer, *rest)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.batches == self.at:
-            saving = next(callback for callback in trainer.callbacks if isinstance(callback, Saving))
+            saving = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
             saving._listen(signal.SIGTERM, None)
             assert saving.rescue()
             os._exit(7)

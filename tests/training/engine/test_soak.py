@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 
 from mmtransformer.data.loading.module import LoaderConfig
-from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.tasks.captioning import Captioning
@@ -61,7 +61,8 @@ def test_twenty_thousand_steps_keep_memory_and_handles_flat(tmp_path: Path) -> N
     trainer = pl.Trainer(
         accelerator="cpu", logger=MetricsLog(tmp_path), enable_model_summary=False, enable_progress_bar=False,
         default_root_dir=tmp_path, max_steps=STEPS, num_sanity_val_steps=0, check_val_every_n_epoch=None,
-        val_check_interval=STEPS // 100, limit_val_batches=1, callbacks=[look, Saving(every_steps=STEPS // 200)],
+        val_check_interval=STEPS // 100, limit_val_batches=1,
+        callbacks=[look, LastCheckpoint(every_n_train_steps=STEPS // 200)],
     )  # fmt: skip
     module = Captioning(tiny.captioner(), optim=Optim(lr=1e-3, ema_decay=0.9))
     trainer.fit(module, datamodule=tiny.scenes(2, train_size=41, augment=None, loader=LoaderConfig(num_workers=2)))

@@ -17,7 +17,7 @@ from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.training import Captioning, NonFiniteError, Progress, Samples, evaluate, finetune, write_report
+from mmtransformer.training import Captioning, NonFiniteError, Progress, SamplePrinter, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.evaluation import evaluation as evaluation_module
@@ -284,7 +284,7 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_progress_and_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
+    said = [Progress(log_seconds=0.0), SamplePrinter(every_seconds=0.0)]
     run = trainer(tmp_path, max_steps=3, callbacks=said, enable_progress_bar=True)
     run.fit(Captioning(captioner()), datamodule=scenes())
     out = capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_progress_and_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_samples_change_nothing(tmp_path: Path) -> None:
     weights = []
-    for callbacks in ([], [Samples(every_seconds=0.0)]):
+    for callbacks in ([], [SamplePrinter(every_seconds=0.0)]):
         module = Captioning(captioner())
         trainer(tmp_path, callbacks=callbacks).fit(module, datamodule=scenes())
         weights.append([p.detach().clone() for p in module.parameters()])
@@ -310,7 +310,7 @@ def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.C
     model = captioner()
     freeze(model.vision)
     data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
-    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
+    said = [Progress(log_seconds=0.0), SamplePrinter(every_seconds=0.0)]
     run = trainer(tmp_path, callbacks=said, enable_progress_bar=True, precision="bf16-mixed")
     run.fit(Captioning(model), datamodule=data)
     assert "(a person: " in capsys.readouterr().out

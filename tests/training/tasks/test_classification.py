@@ -294,7 +294,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         Image.new("RGB", (40, 20), colour).save(path)
     words = ["classify", "--model", str(tmp_path / "model"), "--device", "cpu"]
     (best,) = classifier(paths[2], top_k=3)
-    assert main([*words, paths[2], "--top-k", "3", "--attention", str(tmp_path / "look.png")]) == 0
+    assert main([*words, paths[2], "--top-k", "3", "--heatmap", str(tmp_path / "look.png")]) == 0
     assert capsys.readouterr().out.strip() == ", ".join(f"{name} {share:.1%}" for name, share in best)
     assert (tmp_path / "look.png").is_file()
     assert main([*words, *paths]) == 0
@@ -314,7 +314,7 @@ def test_a_folder_is_classified_and_what_is_no_picture_ends_nothing(
     root = Path(folder(tmp_path / "사진", {"red": 70, "파랑": 2}))
     (root / "red" / "00 broken.png").write_bytes(b"no picture")
     words = ["classify", "--model", str(tmp_path / "model"), "--device", "cpu"]
-    assert main([*words, str(root), "--json", "--attention", str(tmp_path / "look.png")]) == 1
+    assert main([*words, str(root), "--json", "--heatmap", str(tmp_path / "look.png")]) == 1
     out, err = capsys.readouterr()
     assert [Path(json.loads(line)["image"]).suffix for line in out.splitlines()] == [".png"] * 72
     assert err.startswith("mmt classify: ")

@@ -272,7 +272,7 @@ def test_a_public_pair_is_fine_tuned_on_pictures_of_all_shapes(kind: str, tmp_pa
     moved = [name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert {"vision.patch_embed.proj.weight", "text_proj.weight"} <= {*moved}
     task.model.eval()
-    start.save_public(tmp_path / "ours")
+    start.save_transformers(tmp_path / "ours")
     again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
     texts = ["two dogs", "a red star"]

@@ -46,7 +46,7 @@ def recipe(**model) -> dict:
                     },
                 },
                 "generation": {"num_inference_steps": 2},
-                "num_scored": 2,
+                "num_test_images": 2,
                 "guidance_scales": [1.0, 4.0],
                 "num_cards": 4,
             }
@@ -85,7 +85,7 @@ def test_a_run_from_its_recipe_to_a_drawing(
     assert metrics["training"]["steps"] == 3
     assert (run / "gallery.png").stat().st_size > 1000
     painter = ImageGenerator.from_pretrained(run / "model", device="cpu")
-    assert painter.config == ImageGenerationConfig(num_inference_steps=2)
+    assert painter.generation == ImageGenerationConfig(num_inference_steps=2)
     words = ["draw", "빨간 별", "--model", str(run / "model"), "--out", "one.png", "--strip", "strip.png"]
     assert mmt(capsys, *words)[0] == 0
     assert Path("one.png").is_file()
@@ -189,7 +189,9 @@ def test_two_seeds_of_a_text_are_compared() -> None:
     assert other["pixels"] > 0.05
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"num_scored": 0}, "num_scored"), ({"num_cards": -1}, "num_cards")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"num_test_images": 0}, "num_test_images"), ({"num_cards": -1}, "num_cards")]
+)
 def test_numbers_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageGeneration(model(), **settings)

@@ -25,7 +25,7 @@ from mmtransformer import (
     QFormer,
     TextDecoder,
     ViT,
-    from_stage1,
+    blip2_from_stage1,
 )
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.features import CacheFeatures
@@ -197,7 +197,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
 
     saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").model
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
-    stage2 = from_stage1(tmp_path, decoder)
+    stage2 = blip2_from_stage1(tmp_path, decoder)
     assert isinstance(stage2, Blip2)
     assert isinstance(saved, Blip2QFormer)
     assert stage2.qformer.vocab_size is None
@@ -208,7 +208,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     with torch.no_grad():
         seen = saved.qformer.encode_queries(saved.vision.forward_features(pixels)).queries
         assert torch.equal(stage2.eval().qformer(stage2.vision.forward_features(pixels)), seen)
-    assert from_stage1(tmp_path / "model", decoder, freeze_vision=False).vision.training
+    assert blip2_from_stage1(tmp_path / "model", decoder, freeze_vision=False).vision.training
 
 
 @torch.no_grad()
@@ -353,10 +353,10 @@ def test_stage_2_says_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="reads visual tokens 24 wide, but the vision encoder given makes them 36 wide"
     ):
-        from_stage1(tmp_path / "stage1", decoder, vision=ViT(32, 8, 36, 1, 3))
-    from_stage1(tmp_path / "stage1", decoder).save_pretrained(tmp_path / "stage2")
+        blip2_from_stage1(tmp_path / "stage1", decoder, vision=ViT(32, 8, 36, 1, 3))
+    blip2_from_stage1(tmp_path / "stage1", decoder).save_pretrained(tmp_path / "stage2")
     other = TextDecoder(VOCAB, 16, 1, 2, max_len=3)
     with pytest.raises(ValueError, match="the decoder's 3 positions leave no room for text after 3 queries"):
-        from_stage1(tmp_path / "stage1", other)
+        blip2_from_stage1(tmp_path / "stage1", other)
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        from_stage1(tmp_path / "nowhere", decoder)
+        blip2_from_stage1(tmp_path / "nowhere", decoder)

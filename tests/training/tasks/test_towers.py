@@ -174,7 +174,7 @@ def test_a_clip_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         "pixels: 14 x 14 px, squash, bicubic, mean 0.5 0.5 0.5, as data.transform says; the vision encoder's own" in out
     )
-    again = ["fit", "--config", str(RECIPES / "clip_finetune.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    again = ["fit", "--config", str(RECIPES / "finetune_clip.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     again += [f"--model.init={tmp_path / 'run' / 'model'}", words[-1], f"--trainer.default_root_dir={tmp_path / 'ft'}"]
     fitted(again, capsys)
     assert json.loads((tmp_path / "ft" / "model" / "preprocessor.json").read_text()) == saved
@@ -209,7 +209,7 @@ def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtur
     index = ImageIndex.build(encoder, [pictures], path=tmp_path / "index.safetensors")
     torch.testing.assert_close(index.contents.embeddings.float(), vectors, atol=1e-3, rtol=1e-3)
     assert encoder.classify(files[:2], ["grey", "red"])
-    again = ["fit", "--config", str(RECIPES / "clip_finetune.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    again = ["fit", "--config", str(RECIPES / "finetune_clip.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     again += [f"--model.init={run / 'model'}", f"--data.source={pictures}"]
     fitted([*again, f"--trainer.default_root_dir={tmp_path / 'again'}"], capsys)
     assert DualEncoder.from_pretrained(tmp_path / "again" / "model", device="cpu").transform == encoder.transform

@@ -15,7 +15,7 @@ from mmtransformer.serialization.printable import printable
 from mmtransformer.text.clip_tokenizer import VOCABULARY, clip_backend, read_clip_vocabulary
 from mmtransformer.text.token_bytes import byte_letters
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights import open_coca_to_open_clip, save_open_coca
+from mmtransformer.weights import save_open_coca, to_open_coca
 from mmtransformer.weights.captioners.open_coca import WEIGHTS
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
@@ -50,7 +50,7 @@ def folder(path: Path, shape: str = "narrower") -> OpenCoCa:
 
 def search(model: OpenCoCa, pixels: Tensor, prompt: list[int], end: int, beams: int, most: int, least: int) -> Any:
     """A search over open_clip's forward pass written out, which reads every beam's whole text again."""
-    config, state = open_coca_to_open_clip(model)
+    config, state = to_open_coca(model)
     alive, done = [(0.0, prompt)], []
     for step in range(most):
         found = []
@@ -75,7 +75,7 @@ def test_it_is_open_clips(shape: str, tmp_path: Path) -> None:
     assert ours.generation.num_beams == 6
     assert (ours.generation.min_new_tokens, ours.generation.max_new_tokens) == (4, 29)
     assert ours.transform.mean == (0.5, 0.4, 0.3)
-    config, state = open_coca_to_open_clip(theirs)
+    config, state = to_open_coca(theirs)
     pixels = torch.stack([ours.transform(image) for image in images])
     prompts = [[tokenizer.bos_id, *([] if text is None else tokenizer.encode(text))] for text in texts]
     wanted = [reference(config, state, pixels[i : i + 1], torch.tensor([row]))[0] for i, row in enumerate(prompts)]

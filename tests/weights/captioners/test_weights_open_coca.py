@@ -18,7 +18,7 @@ from mmtransformer import (
     ViTPatchConfig,
     generate,
 )
-from mmtransformer.weights import load_open_coca, open_coca_to_open_clip, save_open_coca
+from mmtransformer.weights import load_open_coca, save_open_coca, to_open_coca
 from mmtransformer.weights.captioners.open_coca import open_coca_from_state
 from support.open_coca import reference
 from support.public import close, noisy
@@ -56,7 +56,7 @@ def given(pixels: Tensor, tokens: Tensor, real: Tensor) -> CaptionBatch:
 @torch.no_grad()
 def test_by_definition(shape: str) -> None:
     ours = coca(*SHAPES[shape])
-    config, state = open_coca_to_open_clip(ours)
+    config, state = to_open_coca(ours)
     pixels, tokens, real = inputs()
     padded = F.pad(tokens.masked_fill(~real, 0), (0, 3))
     logits, image, text = reference(config, state, pixels, padded)
@@ -75,7 +75,7 @@ def test_ids_of_left_padded_prompts_are_those_of_each_alone(shape: str, beams: i
     """A search written out over the definition: every beam's whole text is read again for each token."""
     ours = coca(*SHAPES[shape])
     ours.lm_head.weight.data[0] = 0  # So that it is never written: open_clip would take it for padding.
-    config, state = open_coca_to_open_clip(ours)
+    config, state = to_open_coca(ours)
     pixels, _, _ = inputs()
     prompts = [[3], [3, 9, 11], [3, 20]]
     wanted = []
@@ -112,7 +112,7 @@ def test_open_clip_reads_what_is_written(shape: str, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     from open_clip.coca_model import CoCa  # pyright: ignore[reportMissingImports]
 
-    config, state = open_coca_to_open_clip(ours)
+    config, state = to_open_coca(ours)
     config = {name: value for name, value in config.items() if name != "custom_text"}
     theirs = CoCa(**config).eval()
     theirs.load_state_dict(state, strict=True)
@@ -126,7 +126,7 @@ def test_open_clip_reads_what_is_written(shape: str, tmp_path: Path) -> None:
 
 
 def test_what_is_refused() -> None:
-    config, state = open_coca_to_open_clip(coca())
+    config, state = to_open_coca(coca())
     for part, changed, message in (
         ("vision_cfg", {"attentional_pool": False}, "attentional_pool is False"),
         ("text_cfg", {"embed_cls": False}, "embed_cls is False"),
@@ -140,6 +140,6 @@ def test_what_is_refused() -> None:
         open_coca_from_state(config, {k: v for k, v in state.items() if k != "text.cls_emb"}, "it")
     tower = ViT(21, 7, 24, 1, 3, class_token=False, pool="mean")
     with pytest.raises(ValueError, match="nothing like class_token=False"):
-        open_coca_to_open_clip(OpenCoCa(tower, VOCAB, 24, 1, 1, 3, num_queries=3, pool_heads=3))
+        to_open_coca(OpenCoCa(tower, VOCAB, 24, 1, 1, 3, num_queries=3, pool_heads=3))
     with pytest.raises(ValueError, match=r"num_queries \(1\) must be at least 2"):
         OpenCoCa(ViT(21, 7, 24, 1, 3), num_queries=1)

@@ -18,7 +18,7 @@ from transformers import PaliGemmaProcessor as TheirProcessor
 
 from mmtransformer import CaptionBatch, GenerationConfig, PaliGemma, TextDecoder, ViT, generate
 from mmtransformer.weights import load_paligemma, save_paligemma
-from mmtransformer.weights.captioners.paligemma import paligemma_from_state, paligemma_to_transformers
+from mmtransformer.weights.captioners.paligemma import paligemma_from_state, to_paligemma
 from support.public import byte_level, close, first_logits, ids, load, noisy, pictures, until_end
 
 VOCAB, IMAGE, END = 53, 52, 7
@@ -166,6 +166,6 @@ def test_what_is_refused() -> None:
         paligemma_from_state({"model_type": "llava"}, state, "it")
     tower = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     with pytest.raises(ValueError, match="a decoder of Gemma's kind=False"):
-        paligemma_to_transformers(PaliGemma(tower, TextDecoder(VOCAB, 12, 1, 2)))
+        to_paligemma(PaliGemma(tower, TextDecoder(VOCAB, 12, 1, 2)))
     with pytest.raises(ValueError, match="room for text behind 4 patches in 4 positions"):
         PaliGemma(tower, TextDecoder(VOCAB, 12, 1, 2, max_len=4))

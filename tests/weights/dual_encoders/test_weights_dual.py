@@ -90,7 +90,7 @@ def test_ids_pixels_and_vectors_are_those_of_transformers(kind: str, shape: str,
 def test_written_back_transformers_reads_it_whole(kind: str, shape: str, tmp_path: Path) -> None:
     model = dual.write(tmp_path / "theirs", kind, shape)
     ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
-    ours.save_public(tmp_path / "ours")
+    ours.save_transformers(tmp_path / "ours")
     again, info = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
     assert type(again) is type(model)
@@ -130,7 +130,7 @@ def test_a_clip_whose_texts_are_gathered_at_their_largest_id(tmp_path: Path) -> 
     with torch.no_grad():
         wanted = F.normalize(model.get_text_features(**found).pooler_output, dim=-1)
     torch.testing.assert_close(ours.encode_texts(dual.TEXTS), wanted, atol=1e-5, rtol=1e-5)
-    ours.save_public(tmp_path / "ours")
+    ours.save_transformers(tmp_path / "ours")
     again = AutoModel.from_pretrained(tmp_path / "ours")
     assert type(again) is CLIPModel
     with torch.no_grad():
@@ -165,14 +165,14 @@ def test_parts_of_dual_models_that_are_not_here_are_refused(tmp_path: Path) -> N
     ours = DualEncoder.from_pretrained(tmp_path / "naflex", device="cpu")
     ours.transform = ImageTransform(21)
     with pytest.raises(ValueError, match="SigLIP 2's image processor keeps pictures' shapes"):
-        ours.save_public(tmp_path / "no")
+        ours.save_transformers(tmp_path / "no")
     assert not (tmp_path / "no").exists()
     clip = tmp_path / "clip"
     dual.write(clip, "clip")
     ours = DualEncoder.from_pretrained(clip, device="cpu")
     ours.transform = ImageTransform(resize="native")
     with pytest.raises(ValueError, match="of transformers' image processors SigLIP 2's alone"):
-        ours.save_public(tmp_path / "no")
+        ours.save_transformers(tmp_path / "no")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
