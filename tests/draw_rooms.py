@@ -1,4 +1,4 @@
-"""Draws the rooms of the library and the arrows between them, for docs/architecture.md: python tests/draw_rooms.py.
+"""Draws the folders (rooms) of the library and the arrows between them, for docs/architecture.md: python tests/draw_rooms.py.
 
 Everything comes from the imports: a room stands a floor below the lowest one that uses it, and on its floor where the
 fewest arrows cross.
@@ -157,9 +157,9 @@ def page() -> str:
     lines = [
         MARKS[0],
         "",
-        f"{sum(map(len, between.values()))} arrows between {len(between)} rooms:",
+        f"{sum(map(len, between.values()))} imports between {len(between)} folders:",
         "",
-        "| room | what it is for | imports |",
+        "| folder | what it is for | imports |",
         "|---|---|---|",
     ]
     within = arrows(sub_rooms=True)

@@ -1,4 +1,4 @@
-"""`mmt`, the command line: a thin, lazy door. Nothing heavy is imported before it is known what is asked for."""
+"""`mmt`, the command line: a thin, lazy entry point. Nothing heavy is imported before it is known what is asked for."""
 
 import os
 import sys

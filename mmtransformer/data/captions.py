@@ -50,7 +50,7 @@ class CaptionData(DataModule):
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions. A
             saved model that is fine-tuned brings its own.
-        vocab_size: The most words of a tokenizer that is trained here.
+        vocab_size: The most tokens of a tokenizer that is trained here.
         captions_per_image: Captions of a picture in a batch; they share one pass of the vision encoder.
         max_len: The most tokens of a caption, with prompt and end; None = 64, or as many as a saved model that is
             fine-tuned reads, if these are fewer.

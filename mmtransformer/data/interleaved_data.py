@@ -46,7 +46,7 @@ class InterleavedData(DataModule):
             it is a public one, else `ImageTransform()` at its size.
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
         tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
-        vocab_size: The most words of a tokenizer that is trained here.
+        vocab_size: The most tokens of a tokenizer that is trained here.
         max_len: The most tokens of a row.
         max_images: The most pictures of a row.
         pack: Whether short documents share a row; they never see each other.

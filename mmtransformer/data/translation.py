@@ -104,7 +104,7 @@ class TranslationData(DataModule):
     Args:
         source: Where the pairs come from, such as `SceneTranslations` or `ParallelTable`; or the path of a table.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on both sides' texts.
-        vocab_size: The most words of a tokenizer that is trained here.
+        vocab_size: The most tokens of a tokenizer that is trained here.
         batch_size: Pairs in a batch of one process.
         max_len: The most tokens of a source or a target, with prompt and end; longer pairs are left out, and counted.
         loader: How samples are loaded and ordered, and how many may be unusable.

@@ -142,7 +142,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
         tokenizer: Of data with texts: a tokenizer, or a folder or hub name to load one from; None trains one.
-        vocab_size: The most words of a tokenizer that is trained here.
+        vocab_size: The most tokens of a tokenizer that is trained here.
 
     Attributes:
         report_dir: Folder of the reports on unusable samples; that of the run unless set.

@@ -27,7 +27,7 @@ class MaskedTextData(DataModule):
             texts.
         read: How files are read, such as the names of their columns, where that is not to be detected.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
-        vocab_size: The most words of a tokenizer that is trained here, the mask token included.
+        vocab_size: The most tokens of a tokenizer that is trained here, the mask token included.
         nsp: Whether rows are pairs of texts, half of the time of one group: BERT's next sentence prediction.
         mlm_probability: Share of the tokens that are to be filled in.
         whole_word_mask: Hide words with all of their tokens; else single tokens.

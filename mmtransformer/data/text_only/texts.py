@@ -100,7 +100,7 @@ class TextData(DataModule):
             texts.
         read: How files are read, such as the names of their columns, where that is not to be detected.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training texts.
-        vocab_size: The most words of a tokenizer that is trained here.
+        vocab_size: The most tokens of a tokenizer that is trained here.
         max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
         row_len: Tokens of a row, in which several texts stand; `max_len` unless told.
         batch_size: Rows in a batch of one process.
