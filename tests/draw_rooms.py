@@ -1,4 +1,4 @@
-"""Draws the folders (rooms) of the library and the arrows between them, for docs/architecture.md: python tests/draw_rooms.py.
+"""Draws the folders (rooms) of the library and their imports, for docs/architecture.md: python tests/draw_rooms.py.
 
 Everything comes from the imports: a room stands a floor below the lowest one that uses it, and on its floor where the
 fewest arrows cross.
