@@ -74,7 +74,8 @@ class Llava(Captioner):
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
         if keep_prefix_tokens and (connector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
             raise ValueError(
-                "squares of patches and tiles have no place for class and register tokens: no keep_prefix_tokens"
+                "class and register tokens have no place in squares of patches or in tiles: keep_prefix_tokens must be "
+                "False"
             )
         self.connector, self.decoder = connector, freeze(decoder) if freeze_decoder else decoder
         self.image_token_id, self.tiles, self.freeze_decoder = image_token_id, tiles, freeze_decoder

@@ -172,7 +172,7 @@ def test_refused(tmp_path: Path) -> None:
     linear, mlp = LinearProjector(12, 24, pixel_shuffle=2, bias=False), MLPProjector(12, 24, pre_norm=False)
     for model, said in (
         (Llava(plain, mlp, decoder, IMAGE), "has a LinearProjector, not a MLPProjector"),
-        (Llava(plain, linear, decoder, IMAGE, layers=(-1,)), r"vision_feature_layers=\(-1,\)"),
+        (Llava(plain, linear, decoder, IMAGE, vision_feature_layers=(-1,)), r"vision_feature_layers=\(-1,\)"),
         (Llava(tower, linear, decoder, IMAGE, vision_feature_layers=None), "class_token=True"),
         (Llava(plain, linear, decoder, IMAGE, vision_feature_layers=None), "a decoder of Llama's kind=False"),
     ):

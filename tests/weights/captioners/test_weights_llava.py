@@ -330,7 +330,7 @@ def test_refused(tmp_path: Path) -> None:
     for options, said in (
         ({"vision_feature_layers": (-1, -2)}, "goes from 12 to 24, but the vision encoder's tokens have 24 channels"),
         ({"vision_feature_layers": (2,)}, r"behind blocks \(2,\) are to be read, but there are 2"),
-        ({"tiles": TileConfig(((16, 32),)), "keep_prefix_tokens": True}, "no keep_prefix_tokens"),
+        ({"tiles": TileConfig(((16, 32),)), "keep_prefix_tokens": True}, "keep_prefix_tokens must be False"),
     ):
         with pytest.raises(ValueError, match=said):
             small(**options)
