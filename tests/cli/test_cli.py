@@ -104,6 +104,7 @@ def test_help_is_quick() -> None:
         ([*FINETUNE], "needs --data.source"),
         ([*FINETUNE, "--data.source=PAIRS", "--model.lrr=3"], "no such key: model.lrr"),
         ([*FINETUNE, "--data.source=PAIRS", "--data.batchsize=3"], 'did you mean "batch_size"?'),
+        ([*FINETUNE, "--data.source=PAIRS", "--data.image=x.yaml"], 'did you mean "transform"?'),
         ([*FINETUNE, "--trainer.max_stesp=3"], 'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?'),
         (
             [*FINETUNE, "--data.source=PAIRS", "--model.optim.lr=abc"],
@@ -135,6 +136,8 @@ def test_help_is_quick() -> None:
             "Tuning has none); it has parts, method, num_blocks, rank",
         ),
         (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
+        (["check", "PAIRS", "--language", "de"], 'did you mean "--default-language"?'),
+        (["check", "PAIRS", "--images", "photos"], 'did you mean "--image-folder"?'),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--json", "x.json"], 'did you mean "--out"?'),
         (["ablate", "--recipe", "caption_scenes"], "required: --config"),
         (
