@@ -140,7 +140,7 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     split = Scenes(val_size=6).split("val")
 
     class Truth:
-        config = ImageGenerationConfig()
+        generation = ImageGenerationConfig()
 
         def __init__(self, shift: int) -> None:
             self.shift = shift
@@ -169,7 +169,7 @@ def test_two_seeds_of_a_text_are_compared() -> None:
     true = [split.image(i) for i in range(6)]
 
     class Painter:
-        config = ImageGenerationConfig()
+        generation = ImageGenerationConfig()
 
         def __init__(self, shift: int) -> None:
             self.shift = shift
