@@ -33,8 +33,8 @@ class Llava(Captioner):
         connector: brings its tokens to the width of the decoder's embeddings.
         decoder: a causal language model, ours or any of transformers'.
         image_token_id: the id that placeholders have.
-        vision_feature_layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and before the last norm: LLaVA-1.5 reads the last but one. None = the tokens after the last norm
-            (Idefics3).
+        vision_feature_layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and
+            before the last norm: LLaVA-1.5 reads the last but one. None = the tokens after the last norm (Idefics3).
         keep_prefix_tokens: whether class and register tokens are read too.
         tiles: how pictures are cut into tiles, which `TiledBatch` names; by default each image stands for itself.
         freeze_vision: see `Captioner`.
