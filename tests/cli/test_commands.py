@@ -196,7 +196,7 @@ def test_the_papers_hyper_parameters() -> None:
         data = recipe["data"]["init_args"]
         assert data["augment"]["flip"]
         if name == "qformer_stage2_coco":
-            assert (data["image"]["image_size"], data["image"]["resize"]) == (224, "squash")
+            assert (data["transform"]["image_size"], data["transform"]["resize"]) == (224, "squash")
         else:  # the size is the tower's own
             assert data["resize"] == "squash"
             assert "224" in recipe["model"]["init_args"]["captioner"]["init_args"]["vision"]["init_args"]["source"]
