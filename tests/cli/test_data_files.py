@@ -110,7 +110,7 @@ def test_a_part_may_still_be_a_file_of_its_own(capsys: pytest.CaptureFixture[str
     words = ["--data.source=captions.csv", "--data.transform=image.yaml", "--trainer=trainer.yaml"]
     found = printed(["--config", "finetune_pairs", *words, "--model.optim=optim.yaml"], capsys)
     assert found["data"]["init_args"]["source"] == "captions.csv"
-    assert "48" in json.dumps(found["data"]["init_args"]["image"])
+    assert "48" in json.dumps(found["data"]["init_args"]["transform"])
     assert found["trainer"]["max_epochs"] == 7
     assert found["model"]["init_args"]["optim"]["lr"] == 0.125
 
