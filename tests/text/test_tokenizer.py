@@ -240,7 +240,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path / "a" / "b")
     loaded = Tokenizer.from_pretrained(tmp_path / "a" / "b")
     assert loaded.backend.to_str() == tokenizer.backend.to_str()
-    for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "image_id", "languages"):
+    for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "image_token_id", "languages"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     for text in AWKWARD:
         assert loaded.encode(text) == tokenizer.encode(text)
