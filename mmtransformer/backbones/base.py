@@ -58,8 +58,10 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None
         ValueError: for another kind or number of dimensions, or a mask of another shape or with other numbers.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        given = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        raise ValueError(f"tokens are a tensor (b q) of ids, torch.long, not {given}")
+        given = (
+            f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        )
+        raise ValueError(f"tokens are a tensor (b q) of ids, torch.int64, not {given}")
     if attention_mask is None:
         return None
     if attention_mask.shape != tokens.shape:

@@ -33,6 +33,7 @@ def run(name: str, words: Sequence[str]) -> int:
     """Captions pictures; the exit code is 1 if some of them could not be used."""
     args = _parser(name).parse_args(list(words))
     _check(args)
+    options = [word for word in words if word not in ("--", *args.images)]
 
     from mmtransformer.data.image_files import ImageFiles
     from mmtransformer.images import ImageError
@@ -56,6 +57,7 @@ def run(name: str, words: Sequence[str]) -> int:
     else:
         results = job.on([str(device) for device in devices], todo)
     bad: dict[str, str] = {}
+    blank = 0
     with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar:
         for done, (i, said) in enumerate(results, 1):
             if isinstance(said, ImageError):
@@ -64,6 +66,7 @@ def run(name: str, words: Sequence[str]) -> int:
                 if len(images) > 1:  # a lone one is told below
                     bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
             else:
+                blank += not any(caption.text.strip() for caption in said[0])
                 captions = list(framed(said[0], args.prefix, args.suffix, plain=args.detokenize))
                 if out:
                     out.write(i, captions)
@@ -81,8 +84,11 @@ def run(name: str, words: Sequence[str]) -> int:
     if len(bad) == len(images):
         first, more = next(iter(bad.values())), len(bad) - 1
         raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
+    if blank:
+        why = "the model ended them at once, as one does that was trained too little; --min-new-tokens N forbids it"
+        say(f"{blank:,} of {counted(len(todo) - len(bad), 'caption')} without a word: {why}", file=sys.stderr)
     if len(images) > 1 or out:
-        say(_summary(args, out, images, len(todo), bad), file=sys.stderr)
+        say(_summary(options, out, images, len(todo), bad), file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -158,20 +164,16 @@ def _lines(name: str, captions: Sequence["CaptionResult"], as_json: bool, images
 
 
 def _summary(
-    args: argparse.Namespace, out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]
+    options: Sequence[str], out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]
 ) -> str:
-    """What was done, in a line."""
+    """What was done, in a line; and what does the rest, with the options of this call."""
     parts = [f"{counted(todo - len(bad), 'picture')} captioned" + (f" in {out.where}" if out else "")]
     if len(images) > todo:
         parts.append(f"{len(images) - todo:,} had captions there already (--overwrite captions them anew)")
     if images.others:
         parts.append(f"{counted(images.others, 'other file')} left alone")
     if bad:
-        again = (
-            f"mmt caption {quote(f'@{out.bad_list}')} --model {quote(args.model)} --out {quote(args.out)}"
-            if out
-            else ""
-        )
+        again = " ".join(map(quote, ("mmt", "caption", f"@{out.bad_list}", *options))) if out else ""
         listed = f": {out.bad_list} names them (`{again}` tries them again)" if out else ""
         parts.append(f"{len(bad):,} could not be used{listed}")
     return "; ".join(parts)
@@ -252,3 +254,4 @@ class _Heatmaps:
 
         if self.cards:
             save_html_gallery(self.cards, self.out, title="Where the model looked")
+            say(f"{self.out}: where the model looked in {counted(len(self.cards), 'picture')}", file=sys.stderr)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -26,8 +26,18 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the option that was meant, and not all options there are."""
 
+    words: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See argparse; the words are kept for what is said of them."""
+        self.words = args
+        return super().parse_args(args)
+
     def error(self, message: str) -> NoReturn:
         """Ends the process with code 2; see argparse."""
+        dashed = [word for word in self.words if word.startswith("-") and word != "-" and Path(word).is_file()]
+        if dashed:
+            self.exit(2, printable(f"{self.prog}: error: {dashed[0]} is read as an option: write ./{dashed[0]}\n"))
         if found := re.match(r"unrecognized arguments: (-\S+)", message):
             from mmtransformer.cli.guards.errors import suggest
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def run(name: str, words: Sequence[str]) -> int:
     words = list(words)
     if not words[0].startswith("-"):
         words = ["--config", *words]
+    say("a few steps of small batches are computed, which takes up to a minute", file=sys.stderr)
     needs, samples, unit = plan(with_files(words))
     say(needs.table(samples, unit))
     return 0

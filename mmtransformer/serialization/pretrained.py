@@ -65,6 +65,11 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     Raises:
         ValueError: for a class or argument that the library does not have, or arguments that do not fit.
     """
+    if isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"{where}: a model of transformers ({config['model_type']}), not one that was saved here: captioners are "
+            f"read by ImageCaptioner (mmt caption), CLIP and its kin by DualEncoder, vision encoders by load_vit"
+        )
     if not isinstance(config, dict) or set(config) != {"class", "args"} or not isinstance(config["args"], dict):
         raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}')
     name = config["class"]

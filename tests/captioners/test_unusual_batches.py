@@ -88,10 +88,10 @@ def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
                 generate(model, batch(2, masks={"attention_mask": mask}), eos_id=2, max_new_tokens=2)
     tokens = torch.ones(2, 5, dtype=torch.long)
     for wrong, mask in ((tokens[0], tokens[0]), (tokens.float(), tokens), (tokens.bool(), tokens), ([[1]], tokens)):
-        with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.long, not "):
+        with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.int64, not "):
             PromptBatch(wrong, mask)  # pyright: ignore[reportArgumentType]
         if isinstance(wrong, torch.Tensor):
-            with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.long, not "):
+            with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.int64, not "):
                 lm()(wrong)
     for mask in (tokens[:, :4], tokens[:1], tokens[0]):
         with pytest.raises(ValueError, match=r"attention_mask .* is not of the tokens \(2, 5\)"):

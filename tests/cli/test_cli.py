@@ -261,6 +261,7 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
     assert code == 0
     assert [("star" in line) for line in out.splitlines()] == [True, True]
     assert page.read_text("utf-8").count("data:image") >= 2
+    assert f"{page}: where the model looked in 2 pictures" in err
     code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), "--do-sample")
     assert (code, len(out.splitlines())) == (0, 1)
     three = [

@@ -169,9 +169,11 @@ def test_the_command_that_tries_again_is_one_that_runs(
     out: str, capsys: pytest.CaptureFixture[str], model: str, photos: Path
 ) -> None:
     (photos / "1bad.jpg").write_bytes(b"\xff\xd8\xff broken")
-    code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out)
+    options = ["--model", model, "--language", "ko", "--out", out, "--prefix", "my style,"]
+    code, _, err = mmt(capsys, "caption", *options, "--", "photos")
     assert code == 1
     (command,) = re.findall(r"`(mmt caption .*)` tries them again", err)
+    assert shlex.split(command)[3:] == options  # so that those captions are no others than these
     Image.new("RGB", (20, 20), "pink").save(photos / "1bad.jpg")
     code, _, err = mmt(capsys, *shlex.split(command)[1:])
     assert (code, "1 picture captioned" in err) == (0, True), err
@@ -340,3 +342,26 @@ def test_a_killed_call_leaves_whole_lines(model: str, photos: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 9
     assert names(Path("c.jsonl").read_text("utf-8")) == ALL[:3]
+
+
+def test_a_file_that_reads_as_an_option_is_named(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
+    (photos / "0.png").rename("-dash.png")
+    for words in (["-dash.png", "--model", model], ["--model", model, "-dash.png", "photos"]):
+        code, _, err = mmt(capsys, "caption", *words)
+        assert (code, err) == (2, "mmt caption: error: -dash.png is read as an option: write ./-dash.png\n")
+    assert mmt(capsys, "caption", "./-dash.png", "--model", model)[0] == 0
+
+
+def test_captions_without_a_word_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path) -> None:
+    tokenizer = Tokenizer.train(["a red dog"], 260)
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(260, 16, 1, 2, max_len=64, cross_dim=16))
+    with torch.no_grad():
+        captioner.decoder.last_norm.weight.zero_()
+        captioner.decoder.last_norm.bias.fill_(1.0)
+        captioner.decoder.lm_head.weight.zero_()[tokenizer.eos_id] = 1.0
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(tmp_path / "blank")
+    code, out, err = mmt(capsys, "caption", "photos/0.png", "--model", str(tmp_path / "blank"))
+    assert (code, out) == (0, "\n")
+    assert "1 of 1 caption without a word: the model ended" in err
+    code, _, err = mmt(capsys, "caption", "photos", "--model", str(tmp_path / "blank"), "--min-new-tokens", "3")
+    assert (code, "without a word" in err) == (0, False)

@@ -40,6 +40,8 @@ def one_line(error: BaseException) -> str | None:
     if not named & {"ValueError", "MisconfigurationException", "ArgumentError"}:
         return None
     text = str(error)
+    if found := re.match(r"(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)", text):
+        return f"seed_everything ({found[1]}) must be from 0 to {found[2]}"
     if "DataLoader worker process" in text:  # torch puts the worker's traceback into the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return text.strip() or type(error).__name__

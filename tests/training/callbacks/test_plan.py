@@ -256,7 +256,8 @@ def test_a_recipe_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
         warnings.simplefilter("ignore")
         assert run("plan", [*words, "--data.batch_size=8", "--model.optim.ema_decay=0.9"]) == 0
     sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "a few steps" in err
     assert out.count("precision: ") == 1  # and not once a trial
     found = re.findall(r"^  ([a-z ]+?) +([\d.]+) (kB|MB|GB)", out, re.MULTILINE)
     table = {name: float(number) * sizes[unit] for name, number, unit in found}

@@ -488,6 +488,11 @@ def test_mmt_fit_resumes_by_itself(
     assert code == 0, text
     assert 7000 < float(text.partition("took ")[2].split()[0]) < 7600  # with the time before it was resumed
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
+    assert "nothing was left to train" not in text
+    for more, end in ((), "max_steps (3)"), (("--trainer.max_steps=9", "--trainer.max_epochs=1"), "max_epochs (1)"):
+        code, text = mmt("--resume", *more)
+        said = f"nothing was left to train, as the run had reached trainer.{end} at step 3: a larger one goes on"
+        assert (code, said in text) == (0, True), text
     for report in reports:  # a run that goes on keeps what it has reported
         assert report.read_text("utf-8") == '{"name": "그림.png"}\n'
     code, text = mmt("--resume", "--model.captioner.decoder.depth=2")

@@ -94,6 +94,8 @@ def test_a_run_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture
     before = contents(folder)
     assert ".lock" not in before
     capsys.readouterr()
+    assert mmt("fit", folder, "--seed_everything=-5") == 2
+    assert "error: seed_everything (-5) must be from 0 to 4294967295" in capsys.readouterr().err
     assert mmt("fit", folder, "--seed_everything=2") == 2
     told = capsys.readouterr().err
     assert "a run is there already" in told
