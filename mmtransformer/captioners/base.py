@@ -390,11 +390,8 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
         each = "{}, {} and {}".format(*([*x.shape] for x in given))
         raise ValueError(f"tokens, attention_mask and loss_mask are (n q), all alike, not {each}")
     if mask.shape[1] > captioner.max_len:
-        most = captioner.max_len
-        raise ValueError(
-            f"rows of {mask.shape[1]} tokens, but the captioner reads {most} at most: let the data cut captions "
-            f"(CaptionData(max_len={most})), or give the decoder more positions (max_len)"
-        )
+        way = f"let CaptionData(max_len={captioner.max_len}) cut them, or give the decoder a larger max_len"
+        raise ValueError(f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most: {way}")
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         late = (mask[:, 1:] > mask[:, :-1]).any(1)
         if bool(late.any()):

@@ -313,6 +313,7 @@ def _captions(
     short: list[str] = []
     html: list[str] = []
     again: list[str] = []
+    lost: list[str] = []
     for name, groups in captions.items():
         for i, group in enumerate(groups):
             often = Counter(text for text, _, asked in group if not asked)
@@ -324,12 +325,15 @@ def _captions(
                     cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
                 if (sign := find_markup(text)) is not None:
                     html.append(f"{splits[name].name(i)}: {sign} in {text[:60]!r}")
+                if "\ufffd" in text:
+                    lost.append(f"{splits[name].name(i)}: {text[:60]!r}")
                 if _says_little(text) and not asked:
                     short.append(f"{splits[name].name(i)}: {text!r}")
     remedy = f"raise max_len ({max_len}) or split them into sentences"
     return [
         (f"captions longer than {room} {unit}, to be cut", cut, total, True, remedy),
         ("captions that say next to nothing", short, total, True, "rewrite them"),
+        ("captions with letters that were lost (U+FFFD)", lost, total, True, "save them in UTF-8 from where they came"),
         ("captions that a picture has several times", again, total, False, "leave one of each, or they weigh more"),
         ("captions with HTML in them, which a model would learn to write", html, total, False, _HTML),
     ]

@@ -29,8 +29,7 @@ from mmtransformer.serialization.uses import other_kind
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
-FORMAT_VERSION = 4
-"""Of folders: what config.json and model.safetensors hold, and how it is named."""
+FORMAT_VERSION = 4  # Of folders: what config.json and model.safetensors hold, and how it is named.
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
@@ -65,13 +64,10 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     Raises:
         ValueError: for a class or argument that the library does not have, or arguments that do not fit.
     """
-    if isinstance(config, dict) and "model_type" in config:
-        raise ValueError(
-            f"{where}: a model of transformers ({config['model_type']}), not one that was saved here: captioners are "
-            f"read by ImageCaptioner (mmt caption), CLIP and its kin by DualEncoder, vision encoders by load_vit"
-        )
     if not isinstance(config, dict) or set(config) != {"class", "args"} or not isinstance(config["args"], dict):
-        raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}')
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        other = f"; it is of transformers ({kind}): ImageCaptioner, DualEncoder and load_vit read such" if kind else ""
+        raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}{other}')
     name = config["class"]
     found = _public(name)
     if not (isinstance(found, type) and issubclass(found, Pretrained)):

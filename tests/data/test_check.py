@@ -77,6 +77,7 @@ CASES = [
     ("captions longer than 62 words, to be cut", "caption", LONG, range(3, 90), "p3.png: 63 words"),
     ("captions that say next to nothing", "caption", "- .", range(3, 90), "p3.png: '- .'"),
     ("captions that say next to nothing", "caption", "a", range(3, 90), "p3.png: 'a'"),
+    ("captions with letters that were lost (U+FFFD)", "caption", "a r\ufffdd dog", range(3, 90), "p3.png: 'a r\ufffdd"),
     ("empty caption", "caption", "", range(3, 90), "c.jsonl:4: p3.png ''"),
     (
         "pictures under 16 pixels, or 8 times longer than wide",
