@@ -354,7 +354,7 @@ def test_a_file_that_reads_as_an_option_is_named(capsys: pytest.CaptureFixture[s
 
 def test_captions_without_a_word_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path) -> None:
     tokenizer = Tokenizer.train(["a red dog"], 260)
-    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(260, 16, 1, 2, max_len=64, cross_dim=16))
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(260, 16, 1, 2, max_len=64, context_dim=16))
     with torch.no_grad():
         captioner.decoder.last_norm.weight.zero_()
         captioner.decoder.last_norm.bias.fill_(1.0)
