@@ -9,7 +9,7 @@ import transformers
 
 from support import hub_families as usual
 from support.hub_families import SIDE, SIGLIP, Made, named, text_of
-from support.hub_models import IDS, TEXT, talk, words
+from support.hub_models import IDS, TEXT, WIDTH, talk, words
 from support.public import noisy
 
 hf: Any = transformers
@@ -99,13 +99,85 @@ def pix2struct() -> Made:
     return hf.Pix2StructForConditionalGeneration(config), hf.Pix2StructProcessor(pixels, tokenizer)
 
 
+def gemma4() -> Made:
+    """Pictures of their own sizes, with the places of patches; linear layers inside others."""
+    marks = {f"{name}_token": f"<{name}>" for name in ("image", "boi", "eoi", "audio", "boa", "eoa")}
+    tokenizer = words(*marks.values(), "<|video|>", extra_special_tokens=marks)
+    found = {f"{key}_id": tokenizer.convert_tokens_to_ids(mark) for key, mark in marks.items()}
+    found["eoa_token_index"] = found.pop("eoa_token_id")
+    text = text_of(tokenizer, "gemma4_text", head_dim=8, global_head_dim=8, sliding_window=256)
+    text |= {"vocab_size_per_layer_input": len(tokenizer) + 3, "hidden_size_per_layer_input": 8}
+    vision = {**WIDTH, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 7, "pooling_kernel_size": 2}
+    config = hf.Gemma4Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"]}, audio_config=None, **found, **IDS,
+        vision_config={**vision, "position_embedding_size": 64},
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+    )  # fmt: skip
+    parts = (
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(patch_size=7, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer,
+        hf.Gemma4VideoProcessor(),
+    )
+    return hf.Gemma4ForConditionalGeneration(config), hf.Gemma4Processor(*parts, chat_template=talk("<image>"))
+
+
+def t5gemma2() -> Made:
+    """An encoder-decoder that talks: the picture is in the encoder."""
+    tokenizer = named(image_token="<soft>", boi_token="<boi>", eoi_token="<eoi>")
+    soft, begin, end = tokenizer.convert_tokens_to_ids(["<soft>", "<boi>", "<eoi>"])
+    text = {**text_of(tokenizer), "head_dim": 6, "sliding_window": 64, "query_pre_attn_scalar": 6}
+    del text["model_type"]
+    encoder = {
+        "text_config": text, "mm_tokens_per_image": 4, "image_token_index": soft, "boi_token_index": begin,
+        "vision_config": {**WIDTH, "image_size": 28, "patch_size": 7, "vision_use_head": False}, "eoi_token_index": end,
+    }  # fmt: skip
+    config = hf.T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=soft, eoi_token_index=end, **IDS)
+    pixels = hf.Gemma3ImageProcessor(size=SIDE)
+    processor = hf.Gemma3Processor(pixels, tokenizer, image_seq_length=4, chat_template=talk("<boi>"))
+    return hf.T5Gemma2ForConditionalGeneration(config), processor
+
+
+def got_ocr2() -> Made:
+    """A prompt of the processor's own where nothing is said."""
+    tokenizer = words("<img>", "</img>", "<imgpad>", "<|im_start|>", "<|im_end|>")
+    vision = {
+        "hidden_size": 24, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 64,
+        "patch_size": 1, "window_size": 8, "global_attn_indexes": [], "mlp_dim": 31,
+    }  # fmt: skip
+    mark = tokenizer.convert_tokens_to_ids("<imgpad>")
+    config = hf.GotOcr2Config(
+        vision_config=vision,
+        text_config=text_of(tokenizer, "qwen2"),
+        image_token_index=mark,
+        tie_word_embeddings=False,
+        **IDS,
+    )
+    pixels = hf.GotOcr2ImageProcessor(size={"height": 64, "width": 64})
+    return hf.GotOcr2ForConditionalGeneration(config), hf.GotOcr2Processor(pixels, tokenizer)
+
+
+def video_llama_3() -> Made:
+    """Patches of all pictures in one row, each with how many are merged."""
+    tokenizer = named(image_token="<image>", video_token="<video>")
+    config = hf.VideoLlama3Config(
+        text_config=text_of(tokenizer, "qwen2"), vision_config={**WIDTH, "hidden_size": 32, "patch_size": 7},
+        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, **IDS,
+    )  # fmt: skip
+    sizes = {"shortest_edge": 28 * 28, "longest_edge": 42 * 42}
+    parts = (hf.VideoLlama3ImageProcessor(patch_size=7, size=sizes), tokenizer, hf.VideoLlama3VideoProcessor())
+    return hf.VideoLlama3ForConditionalGeneration(config), hf.VideoLlama3Processor(
+        *parts, chat_template=talk("<image>")
+    )
+
+
 FAMILIES: dict[str, Callable[[], Made]] = {
     made.__name__: made
     for made in (
         usual.qwen2_vl, usual.qwen3_vl, usual.qwen3_5, usual.glm4v, usual.idefics2, usual.mistral3, usual.pixtral,
         usual.mllama, usual.llama4, usual.aya_vision, usual.cohere2_vision, usual.lfm2_vl, usual.perception_lm,
         usual.ovis2, usual.vipllava, usual.llava_next_video, usual.video_llava, usual.deepseek_vl, janus, chameleon,
-        emu3, fast_vlm, pix2struct,
+        emu3, fast_vlm, pix2struct, gemma4, t5gemma2, got_ocr2, video_llama_3,
     )
 }  # fmt: skip
 

@@ -115,7 +115,8 @@ class HubCaptioner(Captioner):
     @property
     def decoder(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The language model."""
-        return self._named(_TEXT[:3]) or self.model.get_decoder()
+        names = ("language_model", "decoder") if self.seq2seq else _TEXT[:2]
+        return self._named(names) or self.model.get_decoder()
 
     def _named(self, names: tuple[str, ...]) -> nn.Module | None:
         parts = dict(self.model.named_modules())

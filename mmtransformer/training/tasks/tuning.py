@@ -170,6 +170,8 @@ def _matching(targets: Sequence[str], names: Sequence[str]) -> list[str]:
     """Which of the targets a tower has, by its layers' names; where it has none, what it calls them."""
     if mine := [target for target in targets if any(name.endswith(target) for name in names)]:
         return mine
+    if wrapped := [inner for x in targets if any(n.endswith(inner := f"{x}.linear") for n in names)]:  # Gemma 4's
+        return wrapped
     lasts = {name.rpartition(".")[2] for name in names}
     return list(dict.fromkeys(name for target in targets for name in _ALIASES.get(target, ()) if name in lasts))
 

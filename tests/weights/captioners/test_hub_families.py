@@ -47,7 +47,7 @@ def read(processor: Any, image: Image.Image, said: str | None) -> dict[str, Any]
         asked = [{"role": "user", "content": turn}]
         whole = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         found = processor(images=[[image]], text=[whole], return_tensors="pt", add_special_tokens=False)
-    elif hasattr(processor, "image_token"):
+    elif hasattr(processor, "image_token") and (said is not None or not hasattr(processor, "system_query")):
         found = processor(images=[image], text=[f"{processor.image_token}{said or ''}"], return_tensors="pt")
     else:
         found = processor(images=[image], text=None if said is None else [said], return_tensors="pt")
@@ -108,7 +108,14 @@ def test_the_loss_is_theirs_and_reaches_what_learns(case: tuple[Any, Any, Path, 
             total += theirs(**given, labels=labels).loss.item() * len(caption)
         count += len(caption)
     parts: Any = ["decoder"] if name in CODEBOOKS else ["vision", "decoder"]
-    targets = {"qwen": "qkv", "glm4v": "qkv", "perception_lm": "qkv", "fast_vlm": "qkv", "pix2struct": "query"}
+    targets = {
+        "qwen": "qkv",
+        "glm4v": "qkv",
+        "perception_lm": "qkv",
+        "fast_vlm": "qkv",
+        "pix2struct": "query",
+        "got_ocr2": "qkv",
+    }
     also = next((layer for kind, layer in targets.items() if name.startswith(kind)), "q_proj")
     mine = ["query"] if name == "pix2struct" else ["q_proj", also]
     Tuning(parts, method="lora", rank=2, target_modules=mine).apply(ours.model)
