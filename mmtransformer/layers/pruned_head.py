@@ -12,7 +12,7 @@ NEVER = -1e4
 """The logit of what is left out: no probability in any number format, and sums of it stay finite (guidance)."""
 
 
-class PrunedHead(nn.Linear):
+class PrunedHead(Linear):
     """A head over another's weight and bias that knows some of its tokens: the others' logits are `NEVER`.
 
     The logits of those kept are the head's own, so what a search says is what it said before, as long as it says

@@ -7,21 +7,32 @@ comes, and in the lines "same ..." with these.
 "same layers": the peer's projection between the towers is kept; "folded": it is multiplied into the cross-attention's
 weights, so that this reads the vision tower's narrow tokens, as our captioners do. Needs 4 GB of memory.
 
-python tests/benchmarks/bench_captioner.py [--threads N] [--pairs N] [--only NAME]
+In turns neither side is quite by itself: what malloc keeps is the process's. `--side ours` and `--side peer` time one
+of them in a process of its own, ours as `mmt fit` sets malloc and the peer as it comes, and print CPU ms.
+
+python tests/benchmarks/bench_captioner.py [--threads N] [--pairs N] [--only NAME] [--side both|ours|peer]
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import cast
 
 import torch
-from harness import compare, process_as, start
+from harness import compare, process_as, start, timed
 from peer import caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, Captioner, caption_loss, freeze
+from mmtransformer.training.engine.precision import keep_freed_memory
 
 Step = Callable[[], object]
+SetUp = Callable[[bool], None]
+
+
+def precision_only(mmt_fit: bool) -> None:
+    """`process_as`, without malloc: that of a process of its own was said once."""
+    torch.set_float32_matmul_precision("medium" if mmt_fit else "highest")
 
 
 def optimizer(model: nn.Module, memory: Tensor, fused: bool) -> torch.optim.AdamW:
@@ -38,11 +49,17 @@ def optimizer(model: nn.Module, memory: Tensor, fused: bool) -> torch.optim.Adam
     return adamw
 
 
-def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype) -> Step:
+def alone(name: str, step: Step) -> None:
+    """Of seven steps after two the median of CPU time, printed."""
+    seconds = [timed(step).cpu for _ in range(9)][2:]
+    print(f"{name:<50} {1000 * median(seconds):.0f} ms CPU", flush=True)
+
+
+def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, set_up: SetUp) -> Step:
     adamw = optimizer(model, memory, fused=True)
 
     def step() -> Tensor:
-        process_as(mmt_fit=True)
+        set_up(True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = caption_loss(model, batch, reduction="sum")
         (loss.sum / loss.count).backward()
@@ -53,14 +70,16 @@ def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch
     return step
 
 
-def peer_step(model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, *, same: bool) -> Step:
+def peer_step(
+    model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, set_up: SetUp, *, same: bool
+) -> Step:
     assert batch.pixels is not None
     adamw = optimizer(model, memory, fused=same)
     labels = batch.tokens.masked_fill(~batch.loss_mask, -100)[:, 1:]
     pixels, inputs = batch.pixels[:, 0], batch.tokens[:, :-1]
 
     def step() -> Tensor:
-        process_as(mmt_fit=same)
+        set_up(same)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(pixel_values=pixels, decoder_input_ids=inputs).logits
             # The loss is the peer's own, without its second shift of labels that are shifted already.
@@ -74,7 +93,10 @@ def peer_step(model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torc
 
 
 def main() -> None:
-    args = start(__doc__ or "")
+    args = start(__doc__ or "", side=("both", "ours", "peer"))
+    set_up = process_as if args.side == "both" else precision_only
+    if args.side == "ours":
+        keep_freed_memory()
     bf16, fp32 = torch.bfloat16, torch.float32
     peer = make_peer().train()
     full = caption_batch()
@@ -90,9 +112,12 @@ def main() -> None:
     ) -> None:
         if args.only not in name:
             return
-        mine = our_step(ours, batch, memory, dtype)
-        them = peer_step(peer, full, memory, dtype, same=same)
-        compare(name, mine, them, target=target, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
+        mine = our_step(ours, batch, memory, dtype, set_up)
+        them = peer_step(peer, full, memory, dtype, set_up, same=same)
+        if args.side != "both":
+            alone(f"{args.side}: {name}", mine if args.side == "ours" else them)
+        else:
+            compare(name, mine, them, target=target, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
         memory.zero_()
 
     for form in ("same layers", "folded"):
