@@ -30,7 +30,7 @@ class ViTPatchConfig:
             (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step; "none" =
             there is no table (DINOv3, whose patches are turned, see `ViTRopeConfig`).
         pre_norm: a LayerNorm before the first block (CLIP).
-        dropout: share of patches left out in training (arXiv:2212.00794).
+        patch_dropout: share of patches left out in training (arXiv:2212.00794).
         embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
         pos_embed: how the table of positions is resized to an image's grid.
 
@@ -43,7 +43,7 @@ class ViTPatchConfig:
     bias: bool = True
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
     pre_norm: bool = False
-    dropout: float = 0.0
+    patch_dropout: float = 0.0
     embed_norm: bool = False
     pos_embed: ViTPosEmbedConfig = ViTPosEmbedConfig()  # noqa: RUF009 (frozen)
 
@@ -52,8 +52,8 @@ class ViTPatchConfig:
             raise ValueError(f'stem must be "patch" or "conv", not "{self.stem}"')
         if self.positions not in ("learned", "sinusoidal", "none"):
             raise ValueError(f'positions must be "learned", "sinusoidal" or "none", not "{self.positions}"')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"the share of patches left out must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"the share of patches left out must be in [0, 1), not {self.patch_dropout}")
 
 
 def kept_tokens(x: Tensor, rate: float) -> Tensor:

@@ -226,8 +226,8 @@ class ViT(Pretrained, nn.Module):
             if grid != self.table_grid:
                 table = resize_positions(table, self.table_grid, grid, self.patches.pos_embed)
             x = x + table.to(x.dtype)
-        if self.training and self.patches.dropout:
-            kept = kept_tokens(x, self.patches.dropout)
+        if self.training and self.patches.patch_dropout:
+            kept = kept_tokens(x, self.patches.patch_dropout)
             x, ropes = keep_tokens(x, kept), [r and keep_angles(r, kept, prefix) for r in ropes]
         if self.prefix_tokens is not None:
             x = torch.cat((self.prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
@@ -298,7 +298,7 @@ class ViT(Pretrained, nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC", not "{output_fmt}"')
-        if output_fmt == "NCHW" and self.training and self.patches.dropout:
+        if output_fmt == "NCHW" and self.training and self.patches.patch_dropout:
             raise ValueError("patches are dropped in training, which leaves no grid: output_fmt NLC, or eval()")
         if isinstance(indices, int) and not 0 < indices <= self.depth:
             raise ValueError(f"the last {indices} blocks were asked for, but there are {self.depth}")

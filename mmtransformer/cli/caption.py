@@ -50,10 +50,10 @@ def run(name: str, words: Sequence[str]) -> int:
     job = CaptionJob(partial(_start, args), images, languages, generation_changes(args), args.batch_size)
     heat = None
     if len(devices) == 1 and todo:
-        model, prompts = _start(args, devices[0])
+        model, prompt_builder = _start(args, devices[0])
         model.ready(pack=len(images) > 1)  # packed weights pay from the second picture on
-        results = job.here(model, prompts, todo)
-        heat = _Heatmaps(model, prompts, Path(args.heatmap)) if args.heatmap else None
+        results = job.here(model, prompt_builder, todo)
+        heat = _Heatmaps(model, prompt_builder, Path(args.heatmap)) if args.heatmap else None
     else:
         results = job.on([str(device) for device in devices], todo)
     bad: dict[str, str] = {}
@@ -221,11 +221,11 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
 class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
 
-    def __init__(self, model: "ImageCaptioner", prompts: "PromptBuilder | None", out: Path) -> None:
+    def __init__(self, model: "ImageCaptioner", prompt_builder: "PromptBuilder | None", out: Path) -> None:
         if not model.model.has_heatmaps:
             kind = type(model.model).__name__
             raise ValueError(f"--heatmap: there are no heat maps of a {kind} that runs in transformers: leave it out")
-        self.model, self.prompts, self.out = model, prompts, out
+        self.model, self.prompt_builder, self.out = model, prompt_builder, out
         self.cards, self.seen = [], 0
 
     def add(self, name: str, image: "Image", best: "CaptionResult") -> None:
@@ -238,7 +238,7 @@ class _Heatmaps:
             say(f"{name}: the caption has no word to draw", file=sys.stderr)
             return
         box = grid_box(image.size, self.model.transform.size, self.model.transform.resize)
-        heat = self.model.heatmap(image, best, self.prompts)
+        heat = self.model.heatmap(image, best, self.prompt_builder)
         if self.out.suffix.lower() == ".html":
             image.thumbnail((448, 448))  # of many pictures the page keeps no more
             said = CardCaption(best.text, best.language, words=words, heat=heat, box=box)

@@ -329,10 +329,10 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         say("; ".join(said))
     began = time.monotonic()
     trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
-    saving = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # pyright: ignore[reportAttributeAccessIssue]
+    last_checkpoint = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
-        with watched(trainer, folder, cli.config.get("process_timeout", 600.0), saving):
+        with watched(trainer, folder, cli.config.get("process_timeout", 600.0), last_checkpoint):
             trainer.fit(module, datamodule=data)
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):

@@ -26,9 +26,9 @@ class TextTower(Pretrained, nn.Module):
         max_len: most tokens of a text, what opens and ends it included.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         causal: whether a token sees only those before it (CLIP), or all (SigLIP).
-        pool: what stands for the text: "end", its last token (CLIP); "last", the last of `max_len` places, where the
-            rest is padding that is read as text (SigLIP); "attention", one query to all tokens; "largest", the token
-            with the largest id (CLIPs that were trained so with a vocabulary whose end is not the largest).
+        pool: what stands for the text: "eos", its last token (CLIP); "last", the last of `max_len` places, padding
+            included, which is read as text (SigLIP); "attention", one query to all tokens; "argmax", the token with
+            the largest id (CLIPs that were trained so with a vocabulary whose end is not the largest).
         pad_id: with "last", the token that the places behind a text are filled with.
         add_bos_token: whether a text begins with a token that opens it (bos); SigLIP's do not.
         activation: of the MLPs; OpenAI's CLIP "quick_gelu", SigLIP "gelu_tanh".
@@ -49,7 +49,7 @@ class TextTower(Pretrained, nn.Module):
         max_len: int = 77,
         mlp_dim: int | None = None,
         causal: bool = True,
-        pool: Literal["end", "last", "attention", "largest"] = "end",
+        pool: Literal["eos", "last", "attention", "argmax"] = "eos",
         pad_id: int | None = None,
         add_bos_token: bool = True,
         activation: Activation = "gelu",
@@ -57,8 +57,8 @@ class TextTower(Pretrained, nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if pool not in ("end", "last", "attention", "largest"):
-            raise ValueError(f'pool must be "end", "last", "attention" or "largest", not "{pool}"')
+        if pool not in ("eos", "last", "attention", "argmax"):
+            raise ValueError(f'pool must be "eos", "last", "attention" or "argmax", not "{pool}"')
         if (pool == "last") != (pad_id is not None):
             raise ValueError(f'pad_id ({pad_id}) is what pool="last" fills texts up with, and pool is "{pool}"')
         if pad_id is not None and not 0 <= pad_id < vocab_size:
@@ -124,7 +124,7 @@ class TextTower(Pretrained, nn.Module):
         if self.attn_pool is not None:
             return self.attn_pool(hidden, attention_mask[:, None])[:, 0]
         rows = torch.arange(len(tokens), device=tokens.device)
-        if self.pool == "largest":
+        if self.pool == "argmax":
             return hidden[rows, tokens.masked_fill(~attention_mask, -1).argmax(1)]
         return hidden[rows, (attention_mask.sum(1) - 1).clamp(min=0)]
 

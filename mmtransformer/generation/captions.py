@@ -67,7 +67,7 @@ def with_prompts(
     batch: CaptionBatch,
     tokenizer: Tokenizer,
     languages: Sequence[str | None],
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
     *,
     mark: bool = False,
 ) -> CaptionBatch:
@@ -77,14 +77,14 @@ def with_prompts(
         batch: Pictures; their texts are not looked at.
         tokenizer: Makes the prompts.
         languages: The languages.
-        prompts: Makes them; None makes plain ones.
+        prompt_builder: Makes them; None makes plain ones.
         mark: Whether plain prompts end with an image token a picture.
 
     Raises:
         ValueError: If the tokenizer has no image token and should mark pictures with it.
     """
-    if prompts is not None:
-        return prompts(batch, languages)
+    if prompt_builder is not None:
+        return prompt_builder(batch, languages)
     b, i = batch.visual.shape[:2]
     if mark and tokenizer.image_token_id is None:
         raise ValueError(
@@ -112,7 +112,7 @@ def write_captions(
     languages: Sequence[str | None] = (None,),
     *,
     generation: GenerationConfig = CAPTIONING,
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
 ) -> list[list[list[CaptionResult]]]:
     """Captions the pictures of a batch, in each language; every picture is encoded once.
 
@@ -122,12 +122,12 @@ def write_captions(
         batch: Pictures; their texts are not looked at.
         languages: The languages; None where the tokenizer has none.
         generation: How to search. Captions end where the model can read no further.
-        prompts: Makes the prompts, with examples for instance; None makes plain ones.
+        prompt_builder: Makes the prompts, with examples for instance; None makes plain ones.
 
     Returns:
         For each picture, for each language, its captions, best first.
     """
-    given, batch = batch, with_prompts(batch, tokenizer, languages, prompts, mark=generation.add_image_tokens)
+    given, batch = batch, with_prompts(batch, tokenizer, languages, prompt_builder, mark=generation.add_image_tokens)
     c = generation.limited(captioner.max_len - batch.tokens.shape[1])
     rows = generate(
         captioner,
@@ -135,10 +135,10 @@ def write_captions(
         c,
         eos_id=tokenizer.eos_ids,
         force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size) if c.force_words else (),
-        content=checksums(batch, given) if c.do_sample else None,
+        noise_keys=checksums(batch, given) if c.do_sample else None,
     )
     found: list[list[CaptionResult]] = []
-    keep = prompts is not None and prompts.keeps_prompt
+    keep = prompt_builder is not None and prompt_builder.keeps_prompt
     openings = [row[real].tolist() * keep for row, real in zip(batch.tokens, batch.attention_mask, strict=True)]
     # A GPT-2's texts begin with the id that ends them, which would end them here, too; a BLIP's with none of its words.
     vocab, ends = tokenizer.vocab_size, tokenizer.eos_ids
@@ -170,7 +170,7 @@ def stream_caption(
     language: str | None = None,
     *,
     generation: GenerationConfig = CAPTIONING,
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
 ) -> Iterator[str]:
     """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
 
@@ -182,17 +182,17 @@ def stream_caption(
         batch: One picture.
         language: The language; None where the tokenizer has none.
         generation: How to search; what takes several beams is left aside.
-        prompts: Makes the prompt; None makes a plain one.
+        prompt_builder: Makes the prompt; None makes a plain one.
 
     Raises:
         ValueError: If there are words that the caption must contain.
     """
     if generation.force_words:
         raise ValueError("force_words need beams, and a caption that is streamed has none")
-    given, batch = batch, with_prompts(batch, tokenizer, [language], prompts, mark=generation.add_image_tokens)
+    given, batch = batch, with_prompts(batch, tokenizer, [language], prompt_builder, mark=generation.add_image_tokens)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
-    content = checksums(batch, given) if c.do_sample else None
-    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, content=content)
+    noise_keys = checksums(batch, given) if c.do_sample else None
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, noise_keys=noise_keys)
     ids: list[int] = []
     text, shown = "", 0
     for (token,) in tokens:
@@ -211,7 +211,7 @@ def heatmap_of(
     tokenizer: Tokenizer,
     batch: CaptionBatch,
     said: CaptionResult,
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
     *,
     mark: bool = False,
 ) -> Tensor:
@@ -224,7 +224,7 @@ def heatmap_of(
         tokenizer: Its tokenizer.
         batch: The picture.
         said: What the model said of it.
-        prompts: What made the prompt it was said after, if not plain ones.
+        prompt_builder: What made the prompt it was said after, if not plain ones.
         mark: Whether the plain prompt marks the picture.
 
     Raises:
@@ -235,7 +235,7 @@ def heatmap_of(
             f"a heat map is of a CaptionResult, one of those in captioner(image)[0], not of {said!r:.80}: "
             "it has the tokens that the model looked with"
         )
-    prompt = with_prompts(batch, tokenizer, [said.language], prompts, mark=mark)
+    prompt = with_prompts(batch, tokenizer, [said.language], prompt_builder, mark=mark)
     tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     image_index = prompt.image_index

@@ -250,7 +250,7 @@ class ImageCaptioner(Pipeline[Captioner]):
                 made = self.prompt_builder(words, prompt_builder)
                 batch = self.batch_of([self.prepare(load(image)) for image in some])
                 rows = write_captions(
-                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=made
+                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompt_builder=made
                 )
             captions += [row[0] for row in rows]
         return captions
@@ -328,7 +328,9 @@ class ImageCaptioner(Pipeline[Captioner]):
             )
         settings, language = (generation or self.generation).updated(**changes), self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
-        many = caption_all(self, images, load, [language], generation=settings, prompts=made, batch_size=batch_size)
+        many = caption_all(
+            self, images, load, [language], generation=settings, prompt_builder=made, batch_size=batch_size
+        )
         return self._stream_many(many, on_error)
 
     def stream_text(
@@ -357,7 +359,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         made = self.prompt_builder(prompt, prompt_builder)
         with torch.inference_mode():
             batch = self.batch([image])
-        return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=made)
+        return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompt_builder=made)
 
     @staticmethod
     def _stream_many(

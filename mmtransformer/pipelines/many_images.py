@@ -110,7 +110,7 @@ def caption_all(
     languages: Sequence[str | None],
     *,
     generation: GenerationConfig,
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
     words: Callable[[T], str | None] | None = None,
     batch_size: int = 16,
     threads: int | None = None,
@@ -123,7 +123,7 @@ def caption_all(
         load: Loads one.
         languages: The languages to caption in.
         generation: How to search.
-        prompts: Makes the prompts; None makes plain ones.
+        prompt_builder: Makes the prompts; None makes plain ones.
         words: What each picture is captioned after, such as a question; None = the model's own prompt.
         batch_size: Pictures at once.
         threads: Threads that load; as many as there are cores, 8 at most, unless told.
@@ -148,9 +148,9 @@ def caption_all(
     for pair in loaded:
         waiting.append(pair)
         if sum(not isinstance(x, ImageError) for _, x in waiting) == batch_size:
-            yield from _captioned(model, waiting, words, languages, generation, prompts)
+            yield from _captioned(model, waiting, words, languages, generation, prompt_builder)
             waiting = []
-    yield from _captioned(model, waiting, words, languages, generation, prompts)
+    yield from _captioned(model, waiting, words, languages, generation, prompt_builder)
 
 
 @torch.inference_mode()
@@ -160,11 +160,13 @@ def _captions(
     words: Sequence[str | None] | None,
     languages: Sequence[str | None],
     generation: GenerationConfig,
-    prompts: PromptBuilder | None,
+    prompt_builder: PromptBuilder | None,
 ) -> list[Said]:
     with fast_autocast(model.device):
-        batch, made = model.batch_of(prepared), model.prompt_builder(words, prompts)
-        return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=made)
+        batch, made = model.batch_of(prepared), model.prompt_builder(words, prompt_builder)
+        return write_captions(
+            model.ready(), model.tokenizer, batch, languages, generation=generation, prompt_builder=made
+        )
 
 
 def _captioned(
@@ -199,7 +201,7 @@ class CaptionJob:
     questions: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def here(
-        self, model: Model, prompts: PromptBuilder | None, indices: Iterable[int]
+        self, model: Model, prompt_builder: PromptBuilder | None, indices: Iterable[int]
     ) -> Iterator[tuple[int, Said | ImageError]]:
         """Captions by a model in this process, in the order of the indices."""
         languages = [model.language(None)] if self.languages is None else self.languages
@@ -211,7 +213,7 @@ class CaptionJob:
             self.images.image,
             languages,
             generation=model.generation.updated(**self.changes),
-            prompts=prompts,
+            prompt_builder=prompt_builder,
             words=self.questions.get if self.questions else None,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -256,12 +258,12 @@ def _begin(job: CaptionJob, free: Any, cores: int) -> None:
     device = free.get()
     if device == "cpu":
         torch.set_num_threads(cores)
-    model, prompts = job.start(device)
-    _mine.update(job=dataclasses.replace(job, threads=job.threads or cores), model=model, prompts=prompts)
+    model, prompt_builder = job.start(device)
+    _mine.update(job=dataclasses.replace(job, threads=job.threads or cores), model=model, prompt_builder=prompt_builder)
 
 
 def _some(indices: Sequence[int]) -> list[tuple[int, Said | ImageError]]:
-    return list(_mine["job"].here(_mine["model"], _mine["prompts"], indices))
+    return list(_mine["job"].here(_mine["model"], _mine["prompt_builder"], indices))
 
 
 def devices_of(device: str | None, count: int) -> list[str | None]:

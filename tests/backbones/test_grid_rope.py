@@ -95,7 +95,14 @@ def test_patches_that_stay_keep_their_angles(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tower_learns_with_patches_left_out(name: str) -> None:
     vit = ViT(
-        24, 8, 24, DEPTH, 3, num_registers=2, patches=ViTPatchConfig(positions="none", dropout=0.5), rope=KINDS[name]
+        24,
+        8,
+        24,
+        DEPTH,
+        3,
+        num_registers=2,
+        patches=ViTPatchConfig(positions="none", patch_dropout=0.5),
+        rope=KINDS[name],
     )
     pixels = torch.randn(2, 3, 24, 32)
     vit.train()

@@ -187,7 +187,7 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
     share = torch.bincount(kept.long().flatten(), minlength=11) / 501
     assert (share - 7 / 11).abs().max() < 0.1
     assert drop_tokens(x, 0.99).shape[1] == 1
-    vit, pixels = small(patches=ViTPatchConfig(dropout=0.5)), torch.randn(2, 3, 16, 24)
+    vit, pixels = small(patches=ViTPatchConfig(patch_dropout=0.5)), torch.randn(2, 3, 16, 24)
     assert torch.equal(vit(pixels), vit(pixels))
     seen: list[tuple[int, ...]] = []
     vit.blocks[0].register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
@@ -265,7 +265,7 @@ def test_errors_name_the_numbers() -> None:
     for arguments, message in (
         ({"stem": "wide"}, 'not "wide"'),
         ({"positions": "rotary"}, 'not "rotary"'),
-        ({"dropout": 1.0}, r"not 1\.0"),
+        ({"patch_dropout": 1.0}, r"not 1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
             ViTPatchConfig(**arguments)
@@ -309,7 +309,7 @@ def test_another_classifier_is_one_of_its_own(tmp_path: Path, pool: Any) -> None
 
 
 def test_intermediates_say_what_they_cannot_give() -> None:
-    vit, pixels = small(patches=ViTPatchConfig(dropout=0.5)).train(), torch.randn(2, 3, 16, 24)
+    vit, pixels = small(patches=ViTPatchConfig(patch_dropout=0.5)).train(), torch.randn(2, 3, 16, 24)
     with pytest.raises(ValueError, match="no grid: output_fmt NLC"):
         vit.forward_intermediates(pixels)
     assert vit.get_intermediate_layers(pixels)[0].shape == (2, 3, 20)

@@ -13,8 +13,8 @@ def test_lists_every_recipe_with_time_and_score(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if line[:1].strip()][:-1] == NAMES
     assert all(line.endswith(".") for line in out.splitlines() if line[:1].strip())
-    assert "6 min 38 s" in out
-    assert "95.1 %" in out
+    assert "6 min 12 s" in out
+    assert "95.6 %" in out
     assert "tiny" not in out.split()[0]
 
 

@@ -212,7 +212,7 @@ def encoder(**options: Any) -> TextEncoder:
     return TextEncoder(53, 20, 2, 2, **{"max_len": 11, "dropout": 0.0, "num_types": 1} | options)
 
 
-@pytest.mark.parametrize("pool", ["end", "attention", "last", "projected", "pooled"])
+@pytest.mark.parametrize("pool", ["eos", "attention", "last", "projected", "pooled"])
 @torch.no_grad()
 def test_padding_changes_no_text(pool: str) -> None:
     text: TextTower | TextEncoderTower
@@ -220,7 +220,7 @@ def test_padding_changes_no_text(pool: str) -> None:
         text = TextEncoderTower(encoder(), projection_dim=17 if pool == "projected" else None)
     else:
         pad = 3 if pool == "last" else None
-        text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "end", pool=pool, pad_id=pad)  # type: ignore[arg-type]
+        text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "eos", pool=pool, pad_id=pad)  # type: ignore[arg-type]
     clip, of = model(text=text), batch()
     together = clip.encode_text(of.tokens, of.attention_mask)
     noise = torch.where(of.attention_mask, of.tokens, torch.randint(53, of.tokens.shape))
@@ -319,7 +319,7 @@ def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -
 
 @torch.no_grad()
 def test_the_largest_id_stands_for_a_text() -> None:
-    text = TextTower(53, 20, 2, 2, max_len=11, pool="largest")
+    text = TextTower(53, 20, 2, 2, max_len=11, pool="argmax")
     clip, ids = model(text=text), torch.tensor([[2, 9, 40, 7, 3], [2, 30, 8, 52, 52]])
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
     tower = clip.text

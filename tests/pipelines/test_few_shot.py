@@ -245,7 +245,7 @@ def test_examples_without_the_language_are_passed_over() -> None:
 def test_captions_of_a_batch_equal_one_by_one(count: int, visible_images: str, colours: list[str], beams: int) -> None:
     model = captioner(visible_images)
     few = shots(model, num_shots=count)
-    options = {"generation": GenerationConfig(num_beams=beams, max_new_tokens=7), "prompts": few}
+    options = {"generation": GenerationConfig(num_beams=beams, max_new_tokens=7), "prompt_builder": few}
     together = write_captions(model, tokenizer(), queries(*colours), ["en", "ko"], **options)  # type: ignore[arg-type]
     for row, colour in zip(together, colours, strict=True):
         (alone,) = write_captions(model, tokenizer(), queries(colour), ["en", "ko"], **options)  # type: ignore[arg-type]
@@ -396,8 +396,10 @@ def test_drawn_captions_after_examples_are_those_of_one_by_one() -> None:
     few, model = shots(num_shots=2), captioner()
     drawn = GenerationConfig(do_sample=True, max_new_tokens=7, num_return_sequences=2)
     together = write_captions(
-        model, tokenizer(), queries("red", "blue", "black"), ["en", "ko"], generation=drawn, prompts=few
+        model, tokenizer(), queries("red", "blue", "black"), ["en", "ko"], generation=drawn, prompt_builder=few
     )
     for row, colour in zip(together, ("red", "blue", "black"), strict=True):
-        (alone,) = write_captions(model, tokenizer(), queries(colour), ["en", "ko"], generation=drawn, prompts=few)
+        (alone,) = write_captions(
+            model, tokenizer(), queries(colour), ["en", "ko"], generation=drawn, prompt_builder=few
+        )
         assert [[said.tokens for said in some] for some in row] == [[s.tokens for s in some] for some in alone]

@@ -102,7 +102,7 @@ def qformer(**options: Any) -> QFormer:
 MODELS: dict[str, Callable[[], Any]] = {
     "ViT": lambda: ViT(
         **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7,
-        patches=ViTPatchConfig(bias=False, pre_norm=True, dropout=0.1),
+        patches=ViTPatchConfig(bias=False, pre_norm=True, patch_dropout=0.1),
         block=ViTBlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
     ),
     "ViT with a stem": lambda: ViT(

@@ -110,10 +110,10 @@ def _check(vit: ViT) -> None:
         raise ValueError(
             f'patches of a row are cut out before, and this ViT convolves them (stem="{vit.patches.stem}")'
         )
-    if vit.training and (vit.patches.dropout or vit.block.drop_path):
+    if vit.training and (vit.patches.patch_dropout or vit.block.drop_path):
         raise ValueError(
-            f"patches.dropout ({vit.patches.dropout}) and block.drop_path ({vit.block.drop_path}) are drawn for a row, "
-            f"which holds many pictures here: train packed rows with 0"
+            f"patches.patch_dropout ({vit.patches.patch_dropout}) and block.drop_path ({vit.block.drop_path}) are "
+            f"drawn for a row, which holds many pictures here: train packed rows with 0"
         )
 
 

@@ -82,14 +82,16 @@ class Signs:
 
 
 @contextmanager
-def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: LastCheckpoint | None) -> Iterator[None]:
+def watched(
+    trainer: pl.Trainer, folder: Path, timeout: float, last_checkpoint: LastCheckpoint | None
+) -> Iterator[None]:
     """Where processes compute together: one that is lost ends the others in a line that names it.
 
     Args:
         trainer: The run's; of one process nothing is watched.
         folder: The run's folder.
         timeout: Most seconds that another process may give no sign of life; then this one ends. 0 waits for ever.
-        saving: What saves the last step before this process ends.
+        last_checkpoint: What saves the last step before this process ends.
 
     Raises:
         ProcessLost: In place of the error that a lost process brings about here.
@@ -100,13 +102,13 @@ def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: LastCheck
 
     def saved() -> str:
         """Saves the last step, which nobody else may be there to do, and says from where the run goes on."""
-        if saving is None:
+        if last_checkpoint is None:
             return "Nothing is saved"
         try:
-            saving.rescue()
+            last_checkpoint.rescue()
         except (OSError, RuntimeError, ValueError) as error:
             say(f"the last step could not be saved: {error}", file=sys.stderr)
-        return f"--resume goes on ({saving.path})" if saving.path.exists() else "Nothing is saved yet"
+        return f"--resume goes on ({last_checkpoint.path})" if last_checkpoint.path.exists() else "Nothing is saved yet"
 
     signs = Signs(folder / ".processes", trainer.global_rank, trainer.world_size)
     ended, signalled = threading.Event(), threading.Event()
@@ -119,7 +121,7 @@ def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: LastCheck
             # After a signal nobody waits: the step that was to be finished first never will be.
             limit = min(timeout or 5 * BEAT, 5 * BEAT) if signalled.is_set() else timeout
             lost = signs.silent(limit) if alive and limit else []
-            beats = beats + 1 if signalled.is_set() and saving is not None and saving.waiting else 0
+            beats = beats + 1 if signalled.is_set() and last_checkpoint is not None and last_checkpoint.waiting else 0
             if lost or beats > 2:
                 text = f"error: {_line(lost, saved())}" if lost else f"no batch comes; this process ends. {saved()}"
                 say(f"\nmmt: {text}", file=sys.stderr)

@@ -84,7 +84,9 @@ def sample_captions(
         batch = data.collate(data.val_splits[0])([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
     greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, add_image_tokens=data.add_image_tokens)
-    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy, prompts=data.prompting)
+    (rows,) = write_captions(
+        captioner, data.tokenizer, batch, languages, generation=greedy, prompt_builder=data.prompting
+    )
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):
         of_language = (text for text, code, _ in sample.references if code == language or language is None)

@@ -121,7 +121,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
     n_resamples: int = 1000,
-    prompts: PromptBuilder | None = None,
+    prompt_builder: PromptBuilder | None = None,
 ) -> Evaluation:
     """Captions whole splits in every language that they have, and scores the captions.
 
@@ -134,12 +134,13 @@ def evaluate(
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
         n_resamples: Resampled sets behind the confidence intervals.
-        prompts: Makes the prompts, with examples for instance (`FewShot`); None makes the data's, plain ones for most.
+        prompt_builder: Makes the prompts, with examples for instance (`FewShot`); None makes the data's, plain
+            ones for most.
 
     Returns:
         Captions and scores.
     """
-    prompts = data.prompting if prompts is None else prompts
+    prompt_builder = data.prompting if prompt_builder is None else prompt_builder
     captioner.to(device)
     result = Evaluation(generation)
     for split in data.val_splits if splits is None else splits:
@@ -151,7 +152,12 @@ def evaluate(
         for batch in islice(data.loader(split), limit_batches):
             with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, autocast is not None):
                 rows = write_captions(
-                    captioner, data.tokenizer, batch.to(device), codes, generation=result.generation, prompts=prompts
+                    captioner,
+                    data.tokenizer,
+                    batch.to(device),
+                    codes,
+                    generation=result.generation,
+                    prompt_builder=prompt_builder,
                 )
             for name, references, row in zip(batch.names, batch.references, rows, strict=True):
                 if name in seen:  # a replacement sample for a picture that cannot be read

@@ -117,7 +117,7 @@ def score_few_shot(
             autocast=autocast,
             limit_batches=limit_batches,
             n_resamples=0,
-            prompts=few,
+            prompt_builder=few,
         )
         for split, by_language in result.captions.items():
             for code, scored in by_language.items():
@@ -140,7 +140,12 @@ def _say(
         places = range(start, min(start + data.batch_size, len(questions)))
         batch = few.batch([questions.image(i) for i in places], [questions.name(i) for i in places])
         rows = write_captions(
-            captioner, data.tokenizer, batch.to(device), [language], generation=generation.one_at_a_time(), prompts=few
+            captioner,
+            data.tokenizer,
+            batch.to(device),
+            [language],
+            generation=generation.one_at_a_time(),
+            prompt_builder=few,
         )
         said += [row[0][0].text for row in rows]
     return said

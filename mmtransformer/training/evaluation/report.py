@@ -45,7 +45,7 @@ def write_report(
     *,
     extra: Mapping[str, Any] | None = None,
     note: str = "",
-    num_cards: int = 24,
+    num_gallery_images: int = 24,
 ) -> dict[str, Any]:
     """Writes everything that one wants to see after a run.
 
@@ -56,7 +56,7 @@ def write_report(
         evaluation: Captions and scores.
         extra: More for `metrics.json`: time, steps, the losses of other images.
         note: More for the line at the top of the gallery.
-        num_cards: Pictures in the galleries.
+        num_gallery_images: Pictures in the galleries.
 
     Returns:
         What stands in `metrics.json`.
@@ -69,7 +69,7 @@ def write_report(
     model.save_pretrained(folder / "model", card=f"## Scores\n\n{fenced(evaluation.table())}")
     if isinstance(data.source, Scenes):
         save_scenes(folder / "model", data.source)
-    cards = make_cards(model, data, evaluation, num_cards)
+    cards = make_cards(model, data, evaluation, num_gallery_images)
     title = folder.resolve().name.replace("_", " ")
     if cards:
         subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
@@ -89,7 +89,7 @@ def plot_curves(folder: Path) -> None:
         save_loss_curves(folder / "metrics.csv", folder / "curves.png", title=folder.resolve().name.replace("_", " "))
 
 
-def make_cards(model: ImageCaptioner, data: CaptionData, evaluation: Evaluation, num_cards: int) -> list[Card]:
+def make_cards(model: ImageCaptioner, data: CaptionData, evaluation: Evaluation, num_gallery_images: int) -> list[Card]:
     """Cards of pictures evenly over the splits, with captions, references, facts and heat maps."""
     cards: list[Card] = []
     splits = [split for split, by in evaluation.predictions.items() if any(by.values())]
@@ -99,7 +99,7 @@ def make_cards(model: ImageCaptioner, data: CaptionData, evaluation: Evaluation,
         for predictions in by.values():
             for prediction in predictions:
                 images.setdefault(prediction.index, []).append(prediction)
-        share = num_cards // len(splits) + (turn < num_cards % len(splits))
+        share = num_gallery_images // len(splits) + (turn < num_gallery_images % len(splits))
         indices = sorted(images)
         for k in range(min(share, len(indices))):
             index = indices[k * len(indices) // min(share, len(indices))]
@@ -116,7 +116,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
     except ImageError:  # it was captioned from the feature cache, and has gone since
         return None
     name, asked = predictions[0].name, pairs.captions(index)[0].question
-    prompts = model.prompt_builder([asked]) if model.processor is not None else None
+    prompt_builder = model.prompt_builder([asked]) if model.processor is not None else None
     box = grid_box(image.size, data.transform.size, data.transform.resize)
     said = []
     for p in predictions:
@@ -131,7 +131,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
                 score=p.said.log_prob / max(len(p.said.tokens) + 1, 1),
                 facts=claims,
                 words=[word for word, _ in p.said.words],
-                heat=_heat(model, image, p, prompts),
+                heat=_heat(model, image, p, prompt_builder),
                 box=box,
             )
         )
@@ -140,11 +140,13 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
     )
 
 
-def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: PromptBuilder | None) -> Tensor | None:
+def _heat(
+    model: ImageCaptioner, image: Image, prediction: Prediction, prompt_builder: PromptBuilder | None
+) -> Tensor | None:
     """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
     if not prediction.said.words or not model.model.has_heatmaps:
         return None
-    return model.heatmap(image, prediction.said, prompts)
+    return model.heatmap(image, prediction.said, prompt_builder)
 
 
 def headline(evaluation: Evaluation) -> str:

@@ -32,7 +32,7 @@ class Classification(Task[ClassData]):
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the classes, in training only.
         freeze: Train the head alone, and leave the rest as it is (a linear probe).
-        num_cards: Pictures in the gallery.
+        num_gallery_images: Pictures in the gallery.
     """
 
     data_kind = ClassData
@@ -45,12 +45,13 @@ class Classification(Task[ClassData]):
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.0,
         freeze: bool = False,
-        num_cards: int = 24,
+        num_gallery_images: int = 24,
     ) -> None:
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
-        self.vit, self.label_smoothing, self.freeze_vit, self.num_cards = (vit, label_smoothing, freeze, num_cards)
+        self.vit, self.label_smoothing, self.freeze_vit = (vit, label_smoothing, freeze)
+        self.num_gallery_images = num_gallery_images
 
     def setup(self, stage: str) -> None:
         """Gives the model a head for the data's classes, and checks that the pictures fit.
@@ -114,7 +115,7 @@ class Classification(Task[ClassData]):
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         files = {}
-        if cards := make_cards(classifier, data, self.num_cards):
+        if cards := make_cards(classifier, data, self.num_gallery_images):
             gallery = plot_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
             rollout = plot_rollout(self.vit, cards[0].image, data.transform, title=run.title)
@@ -147,11 +148,11 @@ def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def make_cards(classifier: ImageClassifier, data: ClassData, num_cards: int) -> list[Card]:
+def make_cards(classifier: ImageClassifier, data: ClassData, num_gallery_images: int) -> list[Card]:
     """Cards of pictures of the first validation split: the class that was told, and whether it is right."""
     images = data.images(data.val_splits[0]) if data.val_splits else None
     cards = []
-    for i in range(min(num_cards, len(images) if images is not None else 0)):
+    for i in range(min(num_gallery_images, len(images) if images is not None else 0)):
         assert images is not None
         try:
             image = images.image(i)

@@ -72,10 +72,10 @@ def check_pixels(data: CaptionData, model: Any) -> None:
             f"data.transform cuts pictures into patches of {native} px, and the vision encoder reads patches of "
             f"{patch} px: set transform.native.patch_size to {patch}"
         )
-    if (dropped := vision.patches.dropout) or vision.block.drop_path:
+    if (dropped := vision.patches.patch_dropout) or vision.block.drop_path:
         raise ValueError(
-            f"the vision encoder's patches.dropout ({dropped}) and block.drop_path ({vision.block.drop_path}) are "
-            f"drawn for a row, which holds many pictures of native size: train them with 0"
+            f"the vision encoder's patches.patch_dropout ({dropped}) and block.drop_path ({vision.block.drop_path}) "
+            f"are drawn for a row, which holds many pictures of native size: train them with 0"
         )
 
 

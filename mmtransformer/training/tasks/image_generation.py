@@ -43,7 +43,7 @@ class ImageGeneration(Task[CaptionData]):
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
         captioner: Folder of a captioner of scenes that also reads what is drawn of the validation splits, and whose
             vision encoder tells how far drawings are from true pictures; None = the reader by rules alone.
-        num_cards: Pictures in the gallery.
+        num_gallery_images: Pictures in the gallery.
     """
 
     data_kind = CaptionData
@@ -59,15 +59,15 @@ class ImageGeneration(Task[CaptionData]):
         num_validation_images: int = 0,
         guidance_scales: Sequence[float] = (),
         captioner: str | None = None,
-        num_cards: int = 24,
+        num_gallery_images: int = 24,
     ) -> None:
         super().__init__(optim)
-        if num_test_images < 1 or num_cards < 0 or num_validation_images < 0:
+        if num_test_images < 1 or num_gallery_images < 0 or num_validation_images < 0:
             raise ValueError(
                 f"num_test_images ({num_test_images}) must be at least 1, num_validation_images "
-                f"({num_validation_images}) and num_cards ({num_cards}) not below 0"
+                f"({num_validation_images}) and num_gallery_images ({num_gallery_images}) not below 0"
             )
-        self.model, self.generation, self.num_cards = model, generation, num_cards
+        self.model, self.generation, self.num_gallery_images = model, generation, num_gallery_images
         self.num_test_images, self.num_validation_images = num_test_images, num_validation_images
         self.guidance_scales = tuple(guidance_scales)
         self.captioner = None if captioner is None else ImageCaptioner.from_pretrained(captioner, device="cpu")
@@ -131,7 +131,7 @@ class ImageGeneration(Task[CaptionData]):
                     second[split][language] = read_by_captioner(self.captioner, pairs, language, drawings)
                 if language == pairs.languages[0]:
                     seeds[split] = compare_seeds(painter, pairs, language, drawings[: max(count // 4, 2)])
-                share = max(self.num_cards // (2 * len(data.val_splits)), 1)
+                share = max(self.num_gallery_images // (2 * len(data.val_splits)), 1)
                 shown = zip(texts_of(pairs, language, share), drawings, found.judgements, strict=False)
                 for text, image, judged in shown:
                     cards.append(Card(image, [CardCaption(text, language, facts=judged.claims)]))

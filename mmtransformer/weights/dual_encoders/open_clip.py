@@ -136,7 +136,7 @@ def clip_to_open_clip(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "patches": (vit.patches, ViTPatchConfig(bias=False, pre_norm=True)),
             "output": (vit.output, ViTOutputConfig("pooled")),
             "pool": (vit.pool, "class"),
-            "text pooling": ((text.causal, text.pool, text.add_bos_token), (True, "end", True)),
+            "text pooling": ((text.causal, text.pool, text.add_bos_token), (True, "eos", True)),
             "norm_eps": (text.norm_eps, _EPS),
         },
     )

@@ -109,10 +109,10 @@ def text_from_transformers(
     return text
 
 
-def _end(kind: str, said: Mapping[str, Any], ids: Mapping[str, int]) -> Literal["end", "largest"]:
+def _end(kind: str, said: Mapping[str, Any], ids: Mapping[str, int]) -> Literal["eos", "argmax"]:
     """Where transformers' CLIP gathers a text: at its end, or in old configs at its largest id, mostly the same."""
     legacy = kind == "clip" and said.get("eos_token_id") == LEGACY_END
-    return "largest" if legacy and ids.get("eos_token_id", said["vocab_size"] - 1) < said["vocab_size"] - 1 else "end"
+    return "argmax" if legacy and ids.get("eos_token_id", said["vocab_size"] - 1) < said["vocab_size"] - 1 else "eos"
 
 
 def kind_of(text: Text, *, siglip: bool, native: bool, ids: Mapping[str, int]) -> str:
@@ -130,7 +130,7 @@ def kind_of(text: Text, *, siglip: bool, native: bool, ids: Mapping[str, int]) -
         return "vision-text-dual-encoder" if text.projection_dim is None else "altclip"
     if isinstance(text, TextEncoder):
         return "chinese_clip"
-    return "metaclip_2" if text.pool == "end" and ids.get("eos_token_id") == LEGACY_END else "clip"
+    return "metaclip_2" if text.pool == "eos" and ids.get("eos_token_id") == LEGACY_END else "clip"
 
 
 def text_to_transformers(
@@ -149,7 +149,7 @@ def text_to_transformers(
     """
     if isinstance(text, TextTower):
         siglip = kind in ("siglip", "siglip2")
-        pool = "last" if siglip else "largest" if text.pool == "largest" else "end"
+        pool = "last" if siglip else "argmax" if text.pool == "argmax" else "eos"
         only_these(
             name,
             {
@@ -166,7 +166,7 @@ def text_to_transformers(
             **ids,
             **({"pad_token_id": text.pad_id} if siglip else {}),
         }
-        if text.pool == "largest":
+        if text.pool == "argmax":
             config["eos_token_id"] = LEGACY_END
         return config, export(text, _TOWER, name)
     encoder = text.encoder if isinstance(text, TextEncoderTower) else text

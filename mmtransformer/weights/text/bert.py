@@ -79,7 +79,9 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
     if (kind := config.get("position_embedding_type") or "absolute") != "absolute":
         raise ValueError(f'{context} has "{kind}" positions: TextEncoder has absolute ones only')
     if config.get("is_decoder") or config.get("add_cross_attention"):
-        raise ValueError(f"{context} is a decoder or has cross-attention: TextEncoder sees both ways and has none")
+        raise ValueError(
+            f"{context} is a decoder or has cross-attention: only encoders that read a text alone are read"
+        )
     state = bert_names(state)
     words = "cls.predictions.transform.dense.weight" in state
     if words and not config.get("tie_word_embeddings", True):

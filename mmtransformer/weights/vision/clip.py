@@ -129,7 +129,9 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     clip, block = vit.class_token, vit.block
     name = "CLIP's vision tower" if clip else "SigLIP's vision tower"
     same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
-    patches = ViTPatchConfig(vit.patches.in_channels, bias=not clip, pre_norm=clip, dropout=vit.patches.dropout)
+    patches = ViTPatchConfig(
+        vit.patches.in_channels, bias=not clip, pre_norm=clip, patch_dropout=vit.patches.patch_dropout
+    )
     norm = "tokens" if vit.output.norm == "tokens" or not clip else "pooled"
     only_these(
         name,

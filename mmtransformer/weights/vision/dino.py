@@ -166,7 +166,7 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     patches = ViTPatchConfig(
         vit.patches.in_channels,
         positions="none" if third else "learned",
-        dropout=vit.patches.dropout,
+        patch_dropout=vit.patches.patch_dropout,
         pos_embed=ViTPosEmbedConfig() if third else _table(kind, vit.patches.pos_embed.grid),
     )
     wanted = _swiglu_dim if gated else int

@@ -87,7 +87,9 @@ def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "block": (block, same),
             "patches": (
                 vit.patches,
-                ViTPatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout, pos_embed=_table(side)),
+                ViTPatchConfig(
+                    vit.patches.in_channels, patch_dropout=vit.patches.patch_dropout, pos_embed=_table(side)
+                ),
             ),
             "output": (vit.output, ViTOutputConfig()),
             "rope": (vit.rope.kind, "none"),

@@ -102,7 +102,7 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "num_classes": (vit.num_classes, 0),
             "activation": (block.activation in SOURCE_ACTIVATIONS, True),
             "block": (block, same),
-            "patches": (vit.patches, ViTPatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout)),
+            "patches": (vit.patches, ViTPatchConfig(vit.patches.in_channels, patch_dropout=vit.patches.patch_dropout)),
             "output": (vit.output, ViTOutputConfig()),
             "rope": (vit.rope.kind, "none"),
         },

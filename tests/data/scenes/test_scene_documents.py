@@ -135,15 +135,15 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
     data, model = data_and_model()
     seen: list[tuple[int, str | None]] = []
 
-    def from_two_on(captioner, tokenizer, batch, languages, *, generation, prompts):  # type: ignore[no-untyped-def]
+    def from_two_on(captioner, tokenizer, batch, languages, *, generation, prompt_builder):  # type: ignore[no-untyped-def]
         """Answers right if there are at least two examples, and in the way of the examples."""
         assert generation.num_beams == 1
-        prompted = prompts(batch, languages)
+        prompted = prompt_builder(batch, languages)
         shots = prompted.visual_tokens.shape[1] - 1
         seen.append((shots, languages[0]))
         rows = []
         for name, row in zip(batch.names, prompted.tokens, strict=True):
-            questions = prompts.examples
+            questions = prompt_builder.examples
             pairs = data.source.pairs("questions", 6, questions.way, questions.language)
             at = [pairs.name(i) for i in range(6)].index(name)
             assert tokenizer.decode(row.tolist()[: row.tolist().index(tokenizer.image_token_id)]) == ""

@@ -228,16 +228,16 @@ class Rescued(tiny.Witness):
     """Saves the last step in the middle of another, as a process does whose others are lost, and is killed then."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        saving = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
+        last_checkpoint = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
         if not in_a_step(trainer):
-            saving._place = place_of(trainer)
+            last_checkpoint._place = place_of(trainer)
         super().on_train_batch_end(trainer, *rest)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.batches == self.at:
-            saving = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
-            saving._listen(signal.SIGTERM, None)
-            assert saving.rescue()
+            last_checkpoint = next(callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
+            last_checkpoint._listen(signal.SIGTERM, None)
+            assert last_checkpoint.rescue()
             os._exit(7)
 
 

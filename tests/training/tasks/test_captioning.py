@@ -258,7 +258,7 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     result = evaluate(model, data, generation=GenerationConfig(num_beams=2, max_new_tokens=5), limit_batches=1)
     assert [part.training for part in model.modules()] == flags  # A run that is evaluated midway goes on as it was.
     pipeline = ImageCaptioner(model, data.tokenizer, data.transform, generation=GenerationConfig(max_new_tokens=5))
-    write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_cards=2)
+    write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_gallery_images=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics["facts"].keys() == {"val", "compositional"}
     assert metrics["facts"]["val"].keys() == {"en", "ko"}

@@ -48,7 +48,7 @@ def recipe(**model) -> dict:
                 "generation": {"num_inference_steps": 2},
                 "num_test_images": 2,
                 "guidance_scales": [1.0, 4.0],
-                "num_cards": 4,
+                "num_gallery_images": 4,
             }
             | model,
         },
@@ -190,7 +190,8 @@ def test_two_seeds_of_a_text_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"num_test_images": 0}, "num_test_images"), ({"num_cards": -1}, "num_cards")]
+    ("settings", "message"),
+    [({"num_test_images": 0}, "num_test_images"), ({"num_gallery_images": -1}, "num_gallery_images")],
 )
 def test_numbers_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
