@@ -68,7 +68,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if not model.tokenizer.languages and len(found) > 1:
         raise ValueError(
             f"the captions are in {len(found)} languages ({', '.join(map(str, found))}), and the model's tokenizer has "
-            f"no tags to ask for one of them; if all are of one, name it: --default-language CODE"
+            f"no tags to ask for one of them: read those of one, --languages {next(filter(None, found), 'CODE')}; or, "
+            f"if all are of one, name it: --default-language CODE"
         )
     codes = split_languages(model.tokenizer, tuple(found))
     file = _predictions(args, model)

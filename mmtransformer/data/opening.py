@@ -98,7 +98,7 @@ def _open_files(
 ) -> PairFiles | Shards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.image_folder is None and are_shards(root):
-            _refuse(read, "tar shards", "encoding")
+            _refuse(read, "tar shards", "encoding", "languages")
             shards = root if isinstance(root, Selection) else str(root)
             options = {
                 "default_language": read.default_language,
@@ -109,7 +109,7 @@ def _open_files(
         if (found := find_kept(root, read)) is not None and not found.documents:  # before anything is listed
             return PairFiles(root, read, max_bad_fraction=max_bad_fraction, found=found)
         if are_documents(root):
-            _refuse(read, "interleaved documents", "encoding", "normalize")
+            _refuse(read, "interleaved documents", "encoding", "languages", "normalize")
             options = {
                 "image_folder": read.image_folder,
                 "default_language": read.default_language,

@@ -146,10 +146,13 @@ def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> Non
         }
         return CaptionData(str(pairs), read=ReadOptions(**read), transform=ImageTransform(32), batch_size=2, **options)
 
-    with pytest.raises(ValueError, match=r"no language tags\. .* --data\.read\.language ko; ") as caught:
+    with pytest.raises(ValueError, match=r"no language tags\. .* --data\.read\.default_language ko; ") as caught:
         data().loader("train", training=True)
     language = str(caught.value).partition("--data.read.default_language ")[2][:2]
     assert len(data(default_language=language).loader("train", training=True))
+    alone = str(caught.value).partition("--data.read.languages ")[2][:2]
+    assert len(data(languages=alone).loader("train", training=True))
+    assert data(languages=alone).source.languages == (alone,)
 
 
 def test_of_too_many_pixels_no_option_is_named_that_no_command_has() -> None:

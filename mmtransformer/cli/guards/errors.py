@@ -14,7 +14,8 @@ OTHER_NAMES = {
     "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
     "image": "transform", "cross_attn_every_n_layers": "cross_layer_interval",
     "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
-    "--language": "--default-language", "--images": "--image-folder",
+    "ema": "ema_decay", "language": "default_language", "cross_dim": "context_dim", "visual_dim": "context_dim",
+    "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
 }  # fmt: skip
 """What settings are called elsewhere -> here."""
 

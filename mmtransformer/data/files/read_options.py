@@ -38,6 +38,7 @@ class ReadOptions:
         language_column: Column with the language of the row's captions.
         split_column: Column with the split.
         default_language: The language of captions that neither the data nor their script tells.
+        languages: The languages whose captions are read, as for a model that writes only one; None reads all.
         normalize: Makes captions as people write them: "detokenize" takes the spaces of a tokenizer of words out
             ("a dog ," -> "a dog,"), "html" puts characters for HTML's entities and takes its tags out
             ("a dog<br>" -> "a dog"). A list does both; None leaves captions as they are.
@@ -57,6 +58,7 @@ class ReadOptions:
     language_column: str | None = None
     split_column: str | None = None
     default_language: str | None = None
+    languages: str | list[str] | None = None
     normalize: Plain | list[Plain] | None = None
     encoding: str | None = None
     val_fraction: float = 0.1

@@ -238,8 +238,8 @@ def _tokenized(
         raise ValueError(
             f"the captions are in {len(languages)} languages ({listed}) but the tokenizer has no language tags. If "
             f"those without a sign of their own are of one, name it: --data.read.default_language "
-            f"{_main_language(groups)}; or take the columns of one (--data.read.caption_column); a model that learns "
-            f"from the beginning may have a tokenizer trained on these captions: --data.tokenizer null"
+            f"{_main_language(groups)}; to learn one of them alone: --data.read.languages {_main_language(groups)}; a "
+            f"model that learns from the beginning may have a tokenizer trained on these: --data.tokenizer null"
         )
     tags = tokenizer.languages
     ending = [image_token(tokenizer)] if mark else []

@@ -102,9 +102,11 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
 
 
 def _normalize(
-    rows: Sequence[_Row], read: ReadOptions, rule: str
+    rows: list[_Row], read: ReadOptions, rule: str
 ) -> tuple[dict[str, list[int]], tuple[str, ...], list[str]]:
     """Gives rows their names, languages and questions, and shares them out to splits, as data and options say.
+
+    Rows without a caption in the languages that are wanted are taken out.
 
     Returns:
         The members of each split, the languages there are, and what was done, in words.
@@ -115,7 +117,11 @@ def _normalize(
             row.split, rule = split, "by their folders" if split else rule
     _normalize_names(rows)
     languages, said = normalize_languages([row.captions for row in rows], read.default_language)
-    names, about = [row.name for row in rows], [said]
+    about = [said]
+    if read.languages is not None and rows:
+        languages, said = _in_languages(rows, read.languages, languages)
+        about.append(said)
+    names = [row.name for row in rows]
     often = Counter(names)
     for row in rows:
         row.asked = (row.captions[0].question or "") if often[row.name] > 1 else ""
@@ -125,6 +131,23 @@ def _normalize(
         listing = ", ".join(f"{split} {len({names[i] for i in some})}" for split, some in members.items())
         about.append(f"splits{f' {rule}' * bool(rule)}: {listing}")
     return members, languages, about
+
+
+def _in_languages(rows: list[_Row], wanted: str | list[str], there: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Takes out captions in other languages, and rows that have no others; the languages left, and what was done."""
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if absent := [code for code in wanted if code not in there]:
+        listed = ", ".join(there) or "none that is named"
+        raise ValueError(f"read.languages: no caption is in {absent[0]}; the languages of the captions: {listed}")
+    captions, pictures = sum(len(row.captions) for row in rows), len(rows)
+    for row in rows:
+        row.captions = [caption for caption in row.captions if caption.language in wanted]
+    rows[:] = [row for row in rows if row.captions]
+    captions -= sum(len(row.captions) for row in rows)
+    said = f"left out: {counted(captions, 'caption')} in other languages than {', '.join(wanted)}"
+    return tuple(code for code in there if code in wanted), (
+        said + (f", with them {counted(pictures - len(rows), 'picture')}" if len(rows) < pictures else "")
+    )
 
 
 class _Reader:

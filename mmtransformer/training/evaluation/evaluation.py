@@ -188,13 +188,16 @@ def _score(
         result.facts.setdefault(split, {})[code] = score_facts(
             [p.said.text for p in predictions], [pairs.scene(p.index) for p in predictions], code
         )
-    result.captions.setdefault(split, {})[code] = score_captions(
+    english = code in (ANY, "en")
+    scores = result.captions.setdefault(split, {})[code] = score_captions(
         {p.name: p.said.text for p in predictions},
         {p.name: list(p.references) for p in predictions},
         n_resamples=0 if isinstance(pairs, SceneSplit) else n_resamples,
-        meteor="auto" if code in (ANY, "en") and not isinstance(pairs, SceneSplit) else False,
+        meteor="auto" if english and not isinstance(pairs, SceneSplit) else False,
         spice=False,
     )
+    if not english:
+        scores.values["meteor"] = f'not computed: it knows English, and these captions are "{code}"'
 
 
 def split_languages(tokenizer: Tokenizer, languages: Sequence[str | None]) -> tuple[str | None, ...]:

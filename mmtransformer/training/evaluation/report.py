@@ -187,21 +187,25 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
     return table
 
 
+def program() -> str:
+    """How the command line is called from here: "mmt", or where it lies if that is not in the path."""
+    if shutil.which("mmt") is not None:
+        return "mmt"
+    beside = Path(sys.executable).with_name("mmt")
+    here = str(Path.cwd()) + "/"
+    own = quote(str(beside if beside.is_file() else sys.executable).removeprefix(here))
+    return own if beside.is_file() else f"{own} -m mmtransformer"
+
+
 def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
     """The command that captions one's own picture with this model, in a language that it was scored in."""
-    program = "mmt"
-    if shutil.which(program) is None:
-        beside = Path(sys.executable).with_name(program)
-        here = str(Path.cwd()) + "/"
-        own = quote(str(beside if beside.is_file() else sys.executable).removeprefix(here))
-        program = own if beside.is_file() else f"{own} -m mmtransformer.cli"
     folder = folder.resolve()
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     known = model.tokenizer.languages
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
     heat = " --heatmap words.png" if model.model.has_heatmaps else ""
-    return f"{program} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language}{heat}"
+    return f"{program()} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language}{heat}"
 
 
 def seconds_to_text(seconds: float) -> str:

@@ -20,6 +20,7 @@ from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
+from mmtransformer.training.evaluation.report import program
 from mmtransformer.training.evaluation.retrieval import KS, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.evaluation.zero_shot import zero_shot, zero_shot_table
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
@@ -152,7 +153,7 @@ class ContrastiveLearning(Task[CaptionData]):
         encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(table)}")
         shown = [
             "Find pictures by words:",
-            f'  mmt search "WORDS" --index PICTURES/ --model {quote(str(run.folder / "model"))}',
+            f'  {program()} search "WORDS" --index PICTURES/ --model {quote(str(run.folder / "model"))}',
         ]
         self.conclude(run, metrics, table, shown=shown, files={"searches": "retrieval.png"})
 
