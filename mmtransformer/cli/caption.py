@@ -85,7 +85,7 @@ def run(name: str, words: Sequence[str]) -> int:
         first, more = next(iter(bad.values())), len(bad) - 1
         raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
     if blank:
-        why = "the model ended them at once, as one does that was trained too little; --min-new-tokens N forbids it"
+        why = "the model ended them at once, which --min-new-tokens N forbids, or wrote no letters: train it longer"
         say(f"{blank:,} of {counted(len(todo) - len(bad), 'caption')} without a word: {why}", file=sys.stderr)
     if len(images) > 1 or out:
         say(_summary(options, out, images, len(todo), bad), file=sys.stderr)
