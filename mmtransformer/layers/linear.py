@@ -48,12 +48,12 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN makes this product: of plain numbers in float32, that nobody but autograd looks at."""
     return (
         type(x) is Tensor
+        and x.is_cpu
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and x.numel() * len(weight) >= _LEAST
         and x.numel() >= 4 * x.shape[-1]  # Fewer rows wait for the weight, whoever multiplies.
-        and x.is_cpu
         and weight.is_cpu
         and x.dtype == torch.float32
         and weight.is_contiguous()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
@@ -59,9 +58,7 @@ class PackedLinear(Linear):
         packed = packed_weight(self._packed, input, self)
         if packed is not None:
             return self.product(input, packed, self.bias)
-        if self.weight.dtype in HALVES:
-            return super().forward(input)
-        return F.linear(input, self.weight, self.bias)  # As it would: a step is to be followed through few functions.
+        return super().forward(input)
 
     @staticmethod
     def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:

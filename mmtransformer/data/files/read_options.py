@@ -46,8 +46,8 @@ class ReadOptions:
         val_fraction: Share of the pictures for val where the data names none; 0 for no val.
 
     Raises:
-        ValueError: If `val_fraction` is no share that leaves something to train on, or an encoding or a way to
-            normalize is unknown.
+        ValueError: If `val_fraction` is no share that leaves something to train on, an encoding or a way to
+            normalize is unknown, or `languages` is empty.
     """
 
     format: Format = "auto"
@@ -73,6 +73,8 @@ class ReadOptions:
                 ) from None
         if unknown := [word for word in self.plain if word not in get_args(Plain)]:
             raise ValueError(f'normalize: unknown value "{unknown[0]}"; choose one of {", ".join(get_args(Plain))}')
+        if self.languages is not None and not self.languages:
+            raise ValueError("languages is empty: name some, or leave it out to read all")
         check_share("val_fraction", self.val_fraction)
 
     @property

@@ -36,3 +36,9 @@ def test_other_languages_are_left_out_and_counted(photos: Path, wanted: str | li
 def test_a_language_that_is_not_there_is_refused(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"no caption is in de; the languages of the captions: en, ko"):
         open_pairs(photos, ReadOptions(languages="de"))
+
+
+@pytest.mark.parametrize("none", ["", []])
+def test_no_language_at_all_is_refused(none: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="languages is empty"):
+        ReadOptions(languages=none)
