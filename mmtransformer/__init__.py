@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from mmtransformer.generation.base import GenerationResult as GenerationResult
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.config import GenerationConfig as GenerationConfig
-    from mmtransformer.generation.cuda_graph import CudaGraphDecoder as CudaGraphDecoder
+    from mmtransformer.generation.cuda_graph import CudaGraphRunner as CudaGraphRunner
     from mmtransformer.generation.loop import generate as generate
     from mmtransformer.generation.loop import stream as stream
     from mmtransformer.images import Augment as Augment
@@ -102,10 +102,10 @@ if TYPE_CHECKING:
     from mmtransformer.losses.next_token import SumAndCount as SumAndCount
     from mmtransformer.losses.sigmoid import siglip_loss as siglip_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
-    from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
     from mmtransformer.pipelines.image_generator import ImageGenerator as ImageGenerator
+    from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder as ImageTextEmbedder
     from mmtransformer.pipelines.search.image_index import ImageIndex as ImageIndex
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.pipelines.vocabulary import restrict_vocabulary as restrict_vocabulary

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 import draw_rooms
 import list_families
-from mmtransformer import CLIP, DualEncoder, ImageTransform, TextTower, Tokenizer, ViT
+from mmtransformer import CLIP, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import recipe_file
 
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViT(dim=192, depth=1, num_heads=3).save_pretrained(tmp_path / "deit_tiny_patch16_224")
     clip = CLIP(ViT(32, 16, 16, 1, 2), TextTower(300, 16, 1, 2, max_len=32), embed_dim=8)
     tokenizer = Tokenizer.train(["a red star", "빨간 별"] * 3, 300, ["en", "ko"])
-    DualEncoder(clip, tokenizer, ImageTransform(32), device="cpu").save_pretrained(
+    ImageTextEmbedder(clip, tokenizer, ImageTransform(32), device="cpu").save_pretrained(
         tmp_path / "openai" / "clip-vit-base-patch32"
     )
 

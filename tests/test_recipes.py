@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtransformer import DualEncoder, ImageCaptioner, ImageClassifier, ImageGenerator, TextEncoder, Tokenizer
+from mmtransformer import ImageCaptioner, ImageClassifier, ImageGenerator, ImageTextEmbedder, TextEncoder, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
 from mmtransformer.training.tasks.captioning import Captioning
@@ -143,7 +143,7 @@ def check_contrast(name: str, run: Path, out: str) -> None:
     assert ("zero_shot" in metrics) == (name == "clip_scenes")
     assert "caption -> picture" in out
     assert (run / "retrieval.png").read_bytes()[1:4] == b"PNG"
-    encoder = DualEncoder.from_pretrained(run / "model", device="cpu")
+    encoder = ImageTextEmbedder.from_pretrained(run / "model", device="cpu")
     assert encoder.similarity(Image.new("RGB", (50, 40)), ["a red star", "빨간 별"]).shape == (1, 2)
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mmtransformer import Blip2QFormer, Captioner, CudaGraphDecoder, QFormer, TextEncoder, ViT, generate, stream
+from mmtransformer import Blip2QFormer, Captioner, CudaGraphRunner, QFormer, TextEncoder, ViT, generate, stream
 from mmtransformer.cli import main
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.tasks.captioning import Captioning
@@ -174,7 +174,7 @@ def test_a_graph_can_hold_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
         monkeypatch.setattr(torch.cuda, "graph", gpu.graph)
-        captured = CudaGraphDecoder(model.to(gpu.device))
+        captured = CudaGraphRunner(model.to(gpu.device))
         assert [told(captured, batch.to(gpu.device), num_beams=2) for batch in batches] == want
     assert len(graphs) == 1
     assert graphs[0].replays > 8

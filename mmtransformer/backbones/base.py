@@ -129,7 +129,7 @@ class DecoderState:
     def make_static(self) -> None:
         """From now on tokens come one by one, and a step does the same operations on the same tensors every time.
 
-        So a step can be recorded and played again (`CudaGraphDecoder`).
+        So a step can be recorded and played again (`CudaGraphRunner`).
 
         Raises:
             ValueError: if nothing was read yet, or the caches are not the library's own.

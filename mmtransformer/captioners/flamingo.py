@@ -219,7 +219,7 @@ class Flamingo(Captioner):
         if self.connector is None:
             return x
         real = None if batch.patch_grids is None else self.visual_mask(batch, visual_tokens.shape[2])
-        return self.connector.gather(x, None if real is None else real[..., self._skipped :])[0]
+        return self.connector.forward_with_mask(x, None if real is None else real[..., self._skipped :])[0]
 
     def before_block(
         self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None

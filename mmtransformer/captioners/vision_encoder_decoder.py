@@ -65,7 +65,7 @@ class VisionEncoderDecoder(Captioner):
         x = self.visual_tokens(batch).to(self.decoder.tok_embed.weight.dtype)
         real = self.visual_mask(batch, x.shape[2])
         if self.connector is not None and batch.patch_grids is not None:
-            x, real = self.connector.gather(x, real)
+            x, real = self.connector.forward_with_mask(x, real)
         elif self.connector is not None:
             x = self.connector(x)
             real = self.visual_mask(batch, x.shape[2])

@@ -25,8 +25,8 @@ from mmtransformer.serialization.writing import check_place
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
     from mmtransformer.generation.captions import PromptBuilder
-    from mmtransformer.pipelines.dual_encoder import DualEncoder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
+    from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
     from mmtransformer.training.evaluation.predictions import PredictionFile
 
 
@@ -201,11 +201,11 @@ def _load(args: argparse.Namespace, device: str | None) -> "ImageCaptioner":
     return ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
 
 
-def _judge(args: argparse.Namespace) -> "DualEncoder | None":
+def _judge(args: argparse.Namespace) -> "ImageTextEmbedder | None":
     """What tells how well captions fit their pictures, where that is asked for."""
-    from mmtransformer.pipelines.dual_encoder import DualEncoder
+    from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 
-    return DualEncoder.from_pretrained(args.clip_score) if args.clip_score else None
+    return ImageTextEmbedder.from_pretrained(args.clip_score) if args.clip_score else None
 
 
 def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, PromptBuilder | None]":

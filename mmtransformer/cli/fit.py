@@ -108,7 +108,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mmtransformer.pipelines.base import check_cores
-    from mmtransformer.pipelines.dual_encoder import DualEncoder
+    from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
     from mmtransformer.training import Captioning, ContrastiveLearning, Progress, SamplePrinter
     from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.callbacks.throughput import Throughput
@@ -173,7 +173,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         def after_instantiate_classes(self) -> None:
             start = self.model.start if isinstance(self.model, Captioning | ContrastiveLearning) else None
             if start is not None:
-                processor = None if isinstance(start, DualEncoder) else start.processor
+                processor = None if isinstance(start, ImageTextEmbedder) else start.processor
                 self.datamodule.continue_from(start.tokenizer, start.transform, processor, start.model.max_len)
             elif line := use_transform(self.model, self.datamodule):
                 say(line)

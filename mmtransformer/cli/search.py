@@ -99,14 +99,14 @@ def _check(args: argparse.Namespace) -> None:
 def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
     """The index: made, brought up to date, or as it is."""
     from mmtransformer.images import ImageError
-    from mmtransformer.pipelines.dual_encoder import DualEncoder
+    from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
     from mmtransformer.pipelines.search.image_index import ImageIndex, cached_path
     from mmtransformer.pipelines.search.index_update import fingerprint
 
     given = args.index[0] if args.index[0].endswith(".safetensors") else None
     if given and not Path(given).exists():
         raise ValueError(f"{given}: no such index; --index FOLDER --keep {given} makes one")
-    encoder = DualEncoder.from_pretrained(args.model, device=args.device)
+    encoder = ImageTextEmbedder.from_pretrained(args.model, device=args.device)
     model = fingerprint(encoder)
     path = Path(given or args.keep or cached_path(args.index, model))
     if args.no_update:

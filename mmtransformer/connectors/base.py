@@ -39,7 +39,7 @@ class Connector(Pretrained, nn.Module, ABC):
                 for the others means nothing.
         """
 
-    def gather(self, visual_tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward_with_mask(self, visual_tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`forward`, and which of the tokens that it gives are those of a real image: (b i l) bool, None = all.
 
         Raises:

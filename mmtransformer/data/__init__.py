@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.files.shards import Shards as Shards
     from mmtransformer.data.hub_pairs import HubPairs as HubPairs
     from mmtransformer.data.interleaved_data import InterleavedData as InterleavedData
-    from mmtransformer.data.loading.features import CacheFeatures as CacheFeatures
+    from mmtransformer.data.loading.features import FeatureCacheConfig as FeatureCacheConfig
     from mmtransformer.data.loading.module import DataModule as DataModule
     from mmtransformer.data.loading.module import LoaderConfig as LoaderConfig
     from mmtransformer.data.loading.module import Splits as Splits

@@ -17,7 +17,7 @@ from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.dataset import CaptionDataset, Collate
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
+from mmtransformer.data.loading.features import FeatureCache, FeatureCacheConfig
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
@@ -79,7 +79,7 @@ class CaptionData(DataModule):
         vocab_size: int = 4096,
         captions_per_image: int = 1,
         max_len: int | None = None,
-        cache_features: CacheFeatures | None = None,
+        cache_features: FeatureCacheConfig | None = None,
         batch_size: int = 32,
         loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
@@ -250,14 +250,14 @@ class CaptionData(DataModule):
         encode: Callable[[Tensor], Tensor] | None = None
         if vision is not captioner:  # A captioner's takes the images of each sample side by side.
             encode = getattr(captioner, "forward_features", None)
-        kept = self.cache_features or CacheFeatures()
+        config = self.cache_features or FeatureCacheConfig()
         for split in self.splits_of(stage):
             if split not in self._features:
                 self._features[split] = FeatureCache.build(
                     vision,
                     self.pairs(split),
                     self.transform,
-                    dataclasses.replace(kept, flip=kept.flip and split == self.train_split),
+                    dataclasses.replace(config, flip=config.flip and split == self.train_split),
                     encode=None if encode is None else lambda pixels: encode(pixels[:, None])[:, 0],
                     autocast=autocast,
                     num_workers=self.num_workers,

@@ -1,6 +1,6 @@
-"""CudaGraphDecoder: a decoding step is recorded once and replayed for every token, which then costs no Python.
+"""CudaGraphRunner: a decoding step is recorded once and replayed for every token, which then costs no Python.
 
-    model = CudaGraphDecoder(captioner)             # on a GPU
+    model = CudaGraphRunner(captioner)             # on a GPU
     texts = generate(model, batch, eos_id=2)        # as ever
 
 A recording is the same operations on the same memory every time. So caches have their full length from the start, masks
@@ -82,11 +82,11 @@ class CudaGraphState:
         self.state.reorder(rows)
 
 
-class CudaGraphDecoder(Generic[BatchT]):
+class CudaGraphRunner(Generic[BatchT]):
     """A model for `generate` and `stream` whose steps are one recording, replayed for every token.
 
     It writes one batch at a time, and holds on to where the weights were: make a new one after the model was moved.
-    For guidance put it around: `CudaGraphDecoder(Guided(captioner, 2.0))`.
+    For guidance put it around: `CudaGraphRunner(Guided(captioner, 2.0))`.
 
     Args:
         model: any model with `prefill` and `decode_step` over the library's own blocks.

@@ -20,7 +20,7 @@ from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
 from mmtransformer.layers.kernels import HALVES, emulated
 from mmtransformer.layers.linear import Linear, upcast_products
-from mmtransformer.layers.pruned_head import PrunedHead
+from mmtransformer.layers.restricted_head import RestrictedLMHead
 
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["fp32", "bf16", "int8"]
@@ -265,7 +265,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
                 parent.add_module(name, packed.setdefault(child, PackedAttention(child)))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() would leave out a second place.
-            if isinstance(child, PrunedHead):
+            if isinstance(child, RestrictedLMHead):
                 child.layer = kind
             if not isinstance(child, nn.Linear) or type(child) not in _KINDS:
                 continue

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.layers.pruned_head import PrunedHead
+from mmtransformer.layers.restricted_head import RestrictedLMHead
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
 
@@ -30,11 +30,11 @@ def restrict_vocabulary(captioner: ImageCaptioner, texts: Iterable[str]) -> int:
             "restricted: that goes with a TextDecoder whose logits have no softcap"
         )
     tokenizer = captioner.tokenizer
-    kept: set[int] = set()
+    allowed: set[int] = set()
     for text in texts:
-        kept.update(tokenizer.encode(text), tokenizer.encode(f" {text}"))
-    if not kept:
+        allowed.update(tokenizer.encode(text), tokenizer.encode(f" {text}"))
+    if not allowed:
         raise ValueError("there is no text to take tokens from, so no caption could be written")
-    kept.update(tokenizer.eos_ids)
-    decoder.lm_head = PrunedHead(decoder.lm_head, kept)
-    return len(kept)
+    allowed.update(tokenizer.eos_ids)
+    decoder.lm_head = RestrictedLMHead(decoder.lm_head, allowed)
+    return len(allowed)

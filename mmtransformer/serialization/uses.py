@@ -3,7 +3,7 @@
 from pathlib import Path
 
 _USES = {
-    "CLIP": "it compares pictures and texts: `mmt search`, or DualEncoder (save_transformers writes for transformers)",
+    "CLIP": "it compares pictures and texts: `mmt search`, or ImageTextEmbedder (its save_transformers exports)",
     "TextToImageModel": "it draws: `mmt draw`, or ImageGenerator",
     "Transformer": "it translates: `mmt translate`, or Translator",
     "ViT": "a vision encoder; one that vit_classify has trained classifies: `mmt classify`, or ImageClassifier",

@@ -56,7 +56,7 @@ def captioner_family(folder: Path) -> Family | None:
     if kind in (*DUAL_TYPES, "siglip2", "open_clip"):
         file = OPEN_CLIP if kind == "open_clip" else CONFIG
         raise ValueError(
-            f"{folder / file}: a dual encoder ({kind}), which does not caption: use `mmt search`, or DualEncoder"
+            f"{folder / file}: a dual encoder ({kind}), which does not caption: use `mmt search`, or ImageTextEmbedder"
         )
     if family is None:
         what = f'model_type "{kind}" is of no family known here'

@@ -162,7 +162,7 @@ def part_decode(name: str, device: Any, tiny: bool) -> Found:
     import torch
     from bench_lm import VOCAB
 
-    from mmtransformer import CaptionBatch, CudaGraphDecoder, generate
+    from mmtransformer import CaptionBatch, CudaGraphRunner, generate
     from mmtransformer.generation.cuda_graph import cuda_graph
     from mmtransformer.weights import lm_from_transformers
 
@@ -175,7 +175,7 @@ def part_decode(name: str, device: Any, tiny: bool) -> Found:
     ours: Any = lm_from_transformers(peer).to(device, torch.bfloat16)
     peer = peer.to(device, torch.bfloat16)
     record = cuda_graph if device.type == "cuda" else lambda step: step
-    graph = CudaGraphDecoder(ours, record)
+    graph = CudaGraphRunner(ours, record)
     tokens = torch.randint(0, VOCAB - 1, (rows, 16), device=device)
     yes = torch.ones_like(tokens, dtype=torch.bool)
     batch = CaptionBatch(tokens, yes, ~yes)

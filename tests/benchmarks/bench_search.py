@@ -43,7 +43,7 @@ DEIT_COLOURS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.
 
 
 class Tower:
-    """What `ImageIndex` asks of a `DualEncoder`, of the vision tower alone; packed, as `DualEncoder` is."""
+    """What `ImageIndex` asks of an `ImageTextEmbedder`, of the vision tower alone; packed like it."""
 
     def __init__(self, model: nn.Module, encode: Callable[[Tensor], Tensor], transform: ImageTransform) -> None:
         self.model, self.encode, self.transform = for_inference(model.eval()), encode, transform

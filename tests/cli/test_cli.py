@@ -12,8 +12,8 @@ import pytest
 
 from mmtransformer import (
     CLIP,
-    DualEncoder,
     ImageCaptioner,
+    ImageTextEmbedder,
     ImageTransform,
     TextDecoder,
     TextTower,
@@ -311,7 +311,7 @@ def test_evaluate_by_a_dual_encoder(
     monkeypatch.setenv("PATH", "")
     tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300, ["en", "ko"])
     clip = CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13)
-    DualEncoder(clip, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "clip")
+    ImageTextEmbedder(clip, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "clip")
     words = ["evaluate", "--model", str(model), "--data", str(pairs), "--split", "train", "--limit", "2"]
     code, out, _ = mmt(capsys, *words, "--clip-score", str(tmp_path / "clip"), "--out", str(tmp_path / "a.json"))
     assert code == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtransformer import CLIP, DualEncoder, ImageIndex, ImageTransform, TextTower, Tokenizer, ViT
+from mmtransformer import CLIP, ImageIndex, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
 from support.cli import mmt
 from support.public import noisy
 
@@ -20,7 +20,7 @@ def save_model(folder: Path, seed: int) -> str:
     torch.manual_seed(seed)
     tokenizer = Tokenizer.train(["a red star", "빨간 별"] * 3, 300, ["en", "ko"])
     model = noisy(CLIP(ViT(16, 8, 24, 2, 4), TextTower(300, 20, 2, 2, max_len=24), embed_dim=13))
-    DualEncoder(model, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)
+    ImageTextEmbedder(model, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)
     return str(folder)
 
 
@@ -61,7 +61,7 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
     rows = [json.loads(line) for line in said.splitlines()]
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]
     assert [f"{row['score']:.3f}  {row['image']}" for row in rows] == out.splitlines()
-    told = ImageIndex.build(DualEncoder.from_pretrained(model), photos, on_error=lambda *_: None).search(
+    told = ImageIndex.build(ImageTextEmbedder.from_pretrained(model), photos, on_error=lambda *_: None).search(
         "빨간 별", top_k=4
     )
     assert [round(match.score, 4) for match in told] == [round(row["score"], 4) for row in rows]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmtransformer import CudaGraphDecoder, VisionEncoderDecoder, generate, stream
+from mmtransformer import CudaGraphRunner, VisionEncoderDecoder, generate, stream
 from mmtransformer.generation.cuda_graph import Step, compiled
 from mmtransformer.generation.guidance import Guided
 from mmtransformer.generation.loop import LOOK_EVERY
@@ -67,7 +67,7 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
     """And is used again for other texts of the same shapes, and made anew for others."""
     torch.manual_seed(0)
     model, record = noisy(MODELS[kind]()), Recorder()
-    captured = CudaGraphDecoder(model, record)
+    captured = CudaGraphRunner(model, record)
     for seed, rows, tapes in ((1, 3, 1), (2, 3, 1), (3, 5, 2), (4, 5, 2)):
         batch = batch_for(model, seed, rows)
         want = told(model, batch, min_new_tokens=5)
@@ -86,7 +86,7 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
 def test_every_search_can_replay_it(kind: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, record = noisy(MODELS[kind]()), Recorder()
-    captured = CudaGraphDecoder(model, record)
+    captured = CudaGraphRunner(model, record)
     for seed in (1, 2):
         batch = batch_for(model, seed)
         assert told(captured, batch, **options) == told(model, batch, **options)
@@ -99,7 +99,7 @@ def test_streams_and_guidance_can_replay_it() -> None:
     batch = batch_for(model, 1)
     want = list(stream(model, batch, eos_id=EOS, max_new_tokens=9, guidance_scale=2.0))
     guided: Any = Guided(model, 2.0)
-    assert list(stream(CudaGraphDecoder(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
+    assert list(stream(CudaGraphRunner(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "transformer", "cross-attention", "flamingo"])
@@ -108,7 +108,7 @@ def test_a_compiled_step_says_the_same(kind: str, monkeypatch: pytest.MonkeyPatc
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
     model = noisy(MODELS[kind]())
-    captured = CudaGraphDecoder(model, compiled)
+    captured = CudaGraphRunner(model, compiled)
     for seed in (1, 2):
         batch = batch_for(model, seed)
         assert told(captured, batch, num_beams=2) == told(model, batch, num_beams=2)
@@ -137,7 +137,7 @@ def shapes_made(model: Any, batch: Any, beams: int, steps: int) -> Iterator[set[
 def test_recorded_steps_make_the_same_tensors_every_time(kind: str) -> None:
     torch.manual_seed(0)
     model = noisy(MODELS[kind]())
-    captured = CudaGraphDecoder(model, lambda step: step)
+    captured = CudaGraphRunner(model, lambda step: step)
     _, second, *rest = shapes_made(captured, batch_for(model, 1), 2, 8)  # The first takes room for reordering.
     assert all(made == second for made in rest)
 
@@ -158,10 +158,10 @@ def test_recording_leaves_no_mark() -> None:
     model = noisy(decoder(**LLAMA))
     batch = batch_for(model, 1)
     with torch.inference_mode():
-        logits, state = CudaGraphDecoder(model, Recorder()).prefill(batch, max_new_tokens=9)
+        logits, state = CudaGraphRunner(model, Recorder()).prefill(batch, max_new_tokens=9)
         plain, own = model.prefill(batch, max_new_tokens=9)
         assert torch.equal(logits, plain)
-        captured = CudaGraphDecoder(model, Recorder())
+        captured = CudaGraphRunner(model, Recorder())
         _, state = captured.prefill(batch, max_new_tokens=9)
         for _ in range(5):
             tokens = plain.argmax(1)
@@ -189,9 +189,9 @@ def test_what_cannot_be_recorded() -> None:
             return torch.zeros(len(batch.tokens), VOCAB), SimpleNamespace(reorder=lambda rows: None)
 
     with pytest.raises(ValueError, match=r"of a Forgetful cannot be made.* SimpleNamespace holds no DecoderState"):
-        told(CudaGraphDecoder(Forgetful(), Recorder()), batch_for(model, 1))  # pyright: ignore[reportArgumentType]
+        told(CudaGraphRunner(Forgetful(), Recorder()), batch_for(model, 1))  # pyright: ignore[reportArgumentType]
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"model\.bfloat16\(\)"):
-        told(CudaGraphDecoder(model, Recorder()), batch_for(model, 1))
+        told(CudaGraphRunner(model, Recorder()), batch_for(model, 1))
 
 
 def test_caches_of_others_cannot_be_recorded() -> None:
@@ -202,12 +202,12 @@ def test_caches_of_others_cannot_be_recorded() -> None:
                                         intermediate_size=31)  # fmt: skip
     model = HubDecoder.from_model(transformers.GPTNeoXForCausalLM(config).eval())
     with pytest.raises(ValueError, match="grows with every token"):
-        told(CudaGraphDecoder(model, Recorder()), batch_for(model, 1))
+        told(CudaGraphRunner(model, Recorder()), batch_for(model, 1))
 
 
 def test_a_recorders_modules_are_the_models() -> None:
     model = decoder()
-    captured = CudaGraphDecoder(model)
+    captured = CudaGraphRunner(model)
     assert list(captured.modules()) == list(model.modules())
     assert (captured.max_len, captured.vocab_size) == (37, VOCAB)
 
@@ -218,7 +218,7 @@ def test_a_recorders_modules_are_the_models() -> None:
 def test_a_cuda_graph_says_what_the_model_says(kind: str) -> None:
     torch.manual_seed(0)
     model = noisy(MODELS[kind]()).cuda()
-    captured = CudaGraphDecoder(model)
+    captured = CudaGraphRunner(model)
     for seed in (1, 2):
         batch = batch_for(model, seed).to("cuda")
         for options in ({}, {"num_beams": 3}):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from mmtransformer import DualEncoder
+from mmtransformer import ImageTextEmbedder
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.metrics.clipscore import clip_score, ref_clip_score
@@ -55,7 +55,7 @@ def torchmetrics_scores(model: Any, folder: Path) -> list[float]:
 def test_equal_to_torchmetrics(tmp_path: Path) -> None:
     model = dual.write(tmp_path, "clip")
     expected = torchmetrics_scores(model, tmp_path)
-    encoder = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    encoder = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu")
     images, texts = encoder.encode_images(pictures()).numpy(), encoder.encode_texts(TEXTS).numpy()
     found = clip_score(images, texts, weight=100.0)
     assert found == pytest.approx(expected, abs=1e-5 * 100)
@@ -118,7 +118,7 @@ class Three:
 
 def test_predictions_are_scored_by_language(tmp_path: Path) -> None:
     dual.write(tmp_path, "siglip")
-    encoder = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    encoder = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu")
 
     def said(i: int, text: str, *references: str) -> Prediction:
         return Prediction(i, str(i), CaptionResult(text, None, [], 0.0, [], [], True), references)

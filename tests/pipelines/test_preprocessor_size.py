@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtransformer import CLIP, DualEncoder, ImageGenerator, ImageTransform, TextEncoder, Tokenizer, ViT
+from mmtransformer import CLIP, ImageGenerator, ImageTextEmbedder, ImageTransform, TextEncoder, Tokenizer, ViT
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.dual_encoders.text_tower import TextTower
@@ -27,12 +27,12 @@ def test_pixels_far_above_the_models_positions_are_refused(tmp_path: Path, size:
         read_transform(path, (32, 32))
 
 
-def folder_of(kind: str, folder: Path) -> type[DualEncoder] | type[ImageGenerator]:
+def folder_of(kind: str, folder: Path) -> type[ImageTextEmbedder] | type[ImageGenerator]:
     tokenizer = Tokenizer.train(["a red star"] * 3, 300)
     if kind == "dual encoder":
         model = CLIP(ViT(32, 8, 24, 1, 4), TextTower(300, 20, 1, 2, max_len=24), embed_dim=13)
-        DualEncoder(model, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
-        return DualEncoder
+        ImageTextEmbedder(model, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
+        return ImageTextEmbedder
     text = TextEncoder(300, dim=12, depth=1, num_heads=2, max_len=40, pooler=False)
     grid = 4 if kind == "text to image" else None  # of 8 px
     drawn = TextToImageModel(text, DiffusionTransformer(8, 3, 16, 1, 2, context_dim=12, base_grid=grid))

@@ -1,4 +1,4 @@
-"""restrict_vocabulary: captions of the kept tokens alone are written as before."""
+"""restrict_vocabulary: captions of the allowed tokens alone are written as before."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def picture(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_a_caption_of_kept_tokens_stays(beams: int, tmp_path: Path) -> None:
+def test_a_caption_of_allowed_tokens_stays(beams: int, tmp_path: Path) -> None:
     whole, less, image = captioner(), captioner(), picture(tmp_path / "x.png")
     (said,) = whole(image, num_beams=beams, max_new_tokens=8, num_return_sequences=beams)
     left = restrict_vocabulary(less, [caption.text for caption in said])
@@ -32,7 +32,7 @@ def test_a_caption_of_kept_tokens_stays(beams: int, tmp_path: Path) -> None:
     (again,) = less(image, num_beams=beams, max_new_tokens=8, num_return_sequences=beams)
     assert again[0].text == said[0].text
     for caption in again:
-        assert set(less.tokenizer.encode(caption.text)) <= set(less.model.decoder.lm_head.kept.tolist())  # type: ignore[union-attr]
+        assert set(less.tokenizer.encode(caption.text)) <= set(less.model.decoder.lm_head.allowed_token_ids.tolist())  # type: ignore[union-attr]
 
 
 def test_no_other_word_is_written(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from mmtransformer import (
     CLIP,
     Blip2QFormer,
-    DualEncoder,
     ImageCaptioner,
+    ImageTextEmbedder,
     ImageTransform,
     QFormer,
     TextDecoder,
@@ -54,7 +54,7 @@ def dual_model(folder: Path) -> Path:
     source = Scenes(image_size=32, train_size=9).split("train")
     tokenizer = Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300, ("en", "ko"))
     clip = CLIP(ViT(32, 8, 16, 1, 2), TextTower(300, 16, 1, 2), embed_dim=12)
-    DualEncoder(clip, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
+    ImageTextEmbedder(clip, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
     return folder
 
 

@@ -38,7 +38,7 @@ _FORMAT = 2  # raise it when the meaning of the file changes
 
 @known_fields
 @dataclass(frozen=True)
-class CacheFeatures:
+class FeatureCacheConfig:
     """How the visual tokens of a frozen vision encoder are kept.
 
     Args:
@@ -129,7 +129,7 @@ class FeatureCache:
         vision: nn.Module,
         pairs: Pairs,
         transform: ImageTransform,
-        kept: CacheFeatures,
+        config: FeatureCacheConfig,
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
         autocast: torch.dtype | None = None,
@@ -148,7 +148,7 @@ class FeatureCache:
             pairs: The pictures. With a method `fingerprint(i) -> str` it tells when a picture has changed; without, a
                 sample of the pictures is read and compared.
             transform: From picture to pixels.
-            kept: The folder that the file goes to, whether mirrored copies are stored as well, and the number format.
+            config: The folder that the file goes to, whether mirrored copies are stored as well, and the number format.
             encode: From pixels (b 3 height width) to visual tokens (b p d); `vision.forward_features` unless told.
             autocast: The number format of the computation; None computes in that of the weights.
             batch_size: Pictures computed at once.
@@ -160,8 +160,8 @@ class FeatureCache:
         Raises:
             ValueError: If the disk is too full or a feature does not fit the number format.
         """
-        key = cache_key(vision, pairs, transform, flip=kept.flip, dtype=kept.dtype, autocast=autocast)
-        folder = Path(kept.folder)
+        key = cache_key(vision, pairs, transform, flip=config.flip, dtype=config.dtype, autocast=autocast)
+        folder = Path(config.folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]", "_", name)
         path = folder / f"{name}-{key}.safetensors"
@@ -181,14 +181,14 @@ class FeatureCache:
 
                     def copies(pixels: Tensor) -> Tensor:
                         """From pixels (b 3 height width) to the tokens of all copies (b m p d), as they are stored."""
-                        both = torch.cat([pixels, pixels.flip(-1)]) if kept.flip else pixels
+                        both = torch.cat([pixels, pixels.flip(-1)]) if config.flip else pixels
                         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                            tokens = run(both.to(device)).to(_DTYPES[kept.dtype][0]).cpu()
+                            tokens = run(both.to(device)).to(_DTYPES[config.dtype][0]).cpu()
                         return tokens.unflatten(0, (-1, len(pixels))).transpose(0, 1).contiguous()
 
                     bar = tqdm(total=len(pairs), desc=f"visual tokens of {name}", unit="picture", disable=not progress)
                     with bar, _frozen_on(vision, device):
-                        _write(path, pairs, loader, copies, kept, bar)
+                        _write(path, pairs, loader, copies, config, bar)
         return cls(path, len(pairs))
 
 
@@ -260,7 +260,12 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
 
 
 def _write(
-    path: Path, pairs: Pairs, loader: DataLoader, copies: Callable[[Tensor], Tensor], kept: CacheFeatures, bar: tqdm
+    path: Path,
+    pairs: Pairs,
+    loader: DataLoader,
+    copies: Callable[[Tensor], Tensor],
+    config: FeatureCacheConfig,
+    bar: tqdm,
 ) -> None:
     """Compute the features and write them to `path` in one piece; pictures that cannot be read are left blank."""
     total, room = len(pairs), _header_room(len(pairs))
@@ -278,12 +283,12 @@ def _write(
                 for (i, _), token in zip(good, tokens, strict=True):
                     if not token.isfinite().all():
                         raise ValueError(
-                            f"the visual tokens of picture {i} ({pairs.name(i)}) are not finite in {kept.dtype}; "
+                            f"the visual tokens of picture {i} ({pairs.name(i)}) are not finite in {config.dtype}; "
                             f"use bfloat16 or float32, or look at the weights"
                         )
                     if not one:
                         one, step = tuple(token.shape), token.nbytes
-                        _check_space(path, total, step, kept.flip)
+                        _check_space(path, total, step, config.flip)
                     file.seek(room + i * step)
                     file.write(token.view(torch.uint8).numpy().data)
                     sums[4 * i : 4 * i + 4] = block_crc32(token).to_bytes(4, "little")
@@ -296,7 +301,7 @@ def _write(
             file.seek(room + total * step)
             file.write(sums)
             file.seek(0)
-            file.write(_header((total, *one), total * step, _DTYPES[kept.dtype][1], errors))
+            file.write(_header((total, *one), total * step, _DTYPES[config.dtype][1], errors))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

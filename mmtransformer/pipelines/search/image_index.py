@@ -65,7 +65,7 @@ class ImageIndex:
     Nothing is written beside the pictures: the index lies where `path` says, or in memory alone.
 
     Args:
-        encoder: The model, a `DualEncoder`.
+        encoder: The model, an `ImageTextEmbedder`.
         contents: What the index holds.
         path: Its file; None = in memory alone.
         model: The encoder's `fingerprint`, where it is known.

@@ -22,7 +22,7 @@ from mmtransformer.serialization.pretrained import Pretrained, to_config
 
 
 class Encoder(Protocol):
-    """What is asked of a `DualEncoder`.
+    """What is asked of an `ImageTextEmbedder`.
 
     Shapes: e width of the vectors.
     """

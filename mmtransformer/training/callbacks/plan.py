@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.training.engine.checkpoints import tensor_bytes
 from mmtransformer.training.engine.ema import EMA
@@ -255,7 +255,7 @@ def extended(small: Watch, large: Watch, samples: int) -> Needs:
     return found
 
 
-def cache_bytes(module: nn.Module, data: CaptionData, kept: CacheFeatures) -> int:
+def cache_bytes(module: nn.Module, data: CaptionData, config: FeatureCacheConfig) -> int:
     """Bytes of the feature cache of a run, 0 if its model has no captioner."""
     captioner = getattr(module, "captioner", None)
     if captioner is None:
@@ -263,6 +263,6 @@ def cache_bytes(module: nn.Module, data: CaptionData, kept: CacheFeatures) -> in
     with torch.no_grad():
         height, width = data.transform.size
         one = captioner.forward_features(torch.zeros(1, 1, 3, height, width)).numel()
-    width_of = {"float16": 2, "bfloat16": 2, "float32": 4}[kept.dtype]
-    splits = {data.train_split: 2 if kept.flip else 1} | dict.fromkeys(data.val_splits, 1)
-    return sum(len(data.pairs(split)) * expand_size for split, expand_size in splits.items()) * one * width_of
+    width_of = {"float16": 2, "bfloat16": 2, "float32": 4}[config.dtype]
+    splits = {data.train_split: 2 if config.flip else 1} | dict.fromkeys(data.val_splits, 1)
+    return sum(len(data.pairs(split)) * copies for split, copies in splits.items()) * one * width_of

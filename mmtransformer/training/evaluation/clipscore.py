@@ -8,13 +8,13 @@ import torch
 
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.metrics.clipscore import clip_score, ref_clip_score
-from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import counted
 from mmtransformer.training.evaluation.evaluation import ANY, Prediction
 
 
 def clip_scores(
-    encoder: DualEncoder,
+    encoder: ImageTextEmbedder,
     by: Mapping[str, Sequence[Prediction]],
     pairs: Pairs,
     *,

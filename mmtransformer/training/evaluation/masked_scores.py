@@ -1,4 +1,4 @@
-"""How many hidden words a text encoder fills in rightly, beside what counting neighbours can do.
+"""How many hidden words a text encoder fills in rightly, beside what counts of bigrams can do.
 
 Shapes: m hidden tokens.
 """
@@ -16,7 +16,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.layers.modes import evaluation_mode
-from mmtransformer.metrics.neighbours import NeighbourBaseline
+from mmtransformer.metrics.bigrams import BigramBaseline
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def score_masked(
     encoder: TextEncoder,
     data: MaskedTextData,
     split: str,
-    baseline: NeighbourBaseline,
+    baseline: BigramBaseline,
     *,
     limit_batches: int | None = None,
 ) -> MaskedScore:
@@ -142,7 +142,7 @@ def _at_least_float(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def count_neighbours(data: MaskedTextData) -> NeighbourBaseline:
+def fit_bigrams(data: MaskedTextData) -> BigramBaseline:
     """The n-gram baseline, counted over the training texts, each between bos and eos as in a row."""
     rows: MaskedRows = data.rows(data.train_split)
     bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id
@@ -150,7 +150,7 @@ def count_neighbours(data: MaskedTextData) -> NeighbourBaseline:
     starts = np.concatenate([[0], np.cumsum(rows.sizes + 2)])
     loss_mask = np.ones(len(tokens), bool)
     loss_mask[starts[:-1]] = loss_mask[starts[1:] - 1] = False
-    return NeighbourBaseline(data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
+    return BigramBaseline(data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
 
 
 @torch.inference_mode()

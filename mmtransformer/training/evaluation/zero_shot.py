@@ -12,7 +12,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.grammar import describe
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.data.scenes.world import SIZES, Group, Scene, World
-from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import counted
 
 KINDS = ("shape", "color")
@@ -38,14 +38,14 @@ def sentences(world: World, kind: str, label: str, language: str) -> list[str]:
     return found
 
 
-def class_vectors(encoder: DualEncoder, world: World, kind: str, language: str) -> Tensor:
+def class_vectors(encoder: ImageTextEmbedder, world: World, kind: str, language: str) -> Tensor:
     """A vector a class: the mean of its sentences' vectors, of length 1 again: (m d)."""
     labels = world.shapes if kind == "shape" else world.colors
     means = [encoder.encode_texts(sentences(world, kind, label, language)).mean(0) for label in labels]
     return F.normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot(encoder: DualEncoder, data: CaptionData, *, limit: int | None = None) -> dict[str, Any]:
+def zero_shot(encoder: ImageTextEmbedder, data: CaptionData, *, limit: int | None = None) -> dict[str, Any]:
     """The shares of pictures with one group of objects whose shape, and whose colour, is told right.
 
     Args:

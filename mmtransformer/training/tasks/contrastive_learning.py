@@ -15,7 +15,7 @@ from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.metrics.retrieval import recall_at_k
-from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -62,7 +62,7 @@ class ContrastiveLearning(Task[CaptionData]):
         if recall_images < 0:
             raise ValueError(f"recall_images ({recall_images}) must be at least 0")
         self.model, self.gather_grad, self.recall_images = model, gather_grad, recall_images
-        self.start: DualEncoder | None = None
+        self.start: ImageTextEmbedder | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
         self._found: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
 
@@ -144,7 +144,7 @@ class ContrastiveLearning(Task[CaptionData]):
             self.model, data, device=run.device, autocast=run.autocast, limit_batches=run.limit_batches
         )
         plot_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
-        encoder = DualEncoder(self.model, data.tokenizer, data.transform, device=run.device)
+        encoder = ImageTextEmbedder(self.model, data.tokenizer, data.transform, device=run.device)
         metrics: dict[str, Any] = {"retrieval": retrieval.to_dict()}
         table = retrieval.table()
         if shot := zero_shot(encoder, data, limit=None if run.limit_batches is None else 8 * run.limit_batches):
@@ -210,7 +210,7 @@ def finetune_clip(
     Raises:
         ValueError: If the folder holds no dual encoder.
     """
-    saved = DualEncoder.from_pretrained(init, device="cpu")
+    saved = ImageTextEmbedder.from_pretrained(init, device="cpu")
     model = saved.model
     if freeze_vision and not is_frozen(model.vision):
         freeze(model.vision)

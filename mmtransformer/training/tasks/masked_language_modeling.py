@@ -15,7 +15,7 @@ from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, read_masked, score_masked
+from mmtransformer.training.evaluation.masked_scores import fill_in, fit_bigrams, read_masked, score_masked
 from mmtransformer.training.evaluation.report import save_text_model
 from mmtransformer.training.tasks.data_checks import check_texts
 
@@ -112,7 +112,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         if data is None:
             return
         encoder = self.encoder.to(run.device).eval()
-        baseline = count_neighbours(data)
+        baseline = fit_bigrams(data)
         scores = {
             split: score_masked(encoder, data, split, baseline, limit_batches=run.limit_batches)
             for split in data.val_splits

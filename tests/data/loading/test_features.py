@@ -15,7 +15,7 @@ from mmtransformer import ViTBlockConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
-from mmtransformer.data.loading.features import CacheFeatures, FeatureCache, cache_key
+from mmtransformer.data.loading.features import FeatureCache, FeatureCacheConfig, cache_key
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
@@ -53,7 +53,7 @@ class Counting(nn.Module):
 
 def build(folder, vision=None, pairs=None, flip=False, dtype="float16", **options):
     return FeatureCache.build(
-        vision or Counting(), pairs or FakePairs(7), TRANSFORM, CacheFeatures(str(folder), flip, dtype),
+        vision or Counting(), pairs or FakePairs(7), TRANSFORM, FeatureCacheConfig(str(folder), flip, dtype),
         **({"batch_size": 3, "progress": False} | options),
     )  # fmt: skip
 
@@ -304,7 +304,7 @@ class FakeCaptioner(nn.Module):
 
 
 def with_features(tmp_path, source=None, flip=False, **options):
-    kept = CacheFeatures(str(tmp_path), flip)
+    kept = FeatureCacheConfig(str(tmp_path), flip)
     data = make(source, transform=TRANSFORM, cache_features=kept, **options)
     captioner = FakeCaptioner(tower())
     data.use_features(captioner, progress=False)
@@ -331,7 +331,7 @@ def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
 
 def test_a_vision_encoder_alone_gives_its_own_tokens(tmp_path):
     vision = tower()
-    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=FeatureCacheConfig(str(tmp_path)))
     data.use_features(vision, progress=False)
     (a,), (b,) = ([next(iter(x.val_dataloader()[0]))] for x in (data, make(transform=TRANSFORM)))
     expected = vision.forward_features(b.pixels[:, 0])
@@ -376,7 +376,7 @@ def test_bad_images_with_features(tmp_path):
 
 
 def test_only_frozen_towers_are_cached(tmp_path):
-    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=FeatureCacheConfig(str(tmp_path)))
     captioner = FakeCaptioner(tower())
     captioner.vision.blocks[0].attn.out_proj.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 of its parameters are trainable \(blocks\.0\.attn\.out_proj\.bias"):
@@ -384,7 +384,7 @@ def test_only_frozen_towers_are_cached(tmp_path):
 
 
 def test_loaders_that_were_made_before_use_the_features_too(tmp_path):
-    data = make(transform=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(transform=TRANSFORM, cache_features=FeatureCacheConfig(str(tmp_path)))
     loaders = [
         data.train_dataloader(),
         *data.val_dataloader(),

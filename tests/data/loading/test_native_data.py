@@ -12,7 +12,7 @@ from PIL import Image
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.classes import ClassData
 from mmtransformer.data.interleaved_data import InterleavedData
-from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import size_of
 from mmtransformer.data.mixture import Mixture
@@ -124,7 +124,7 @@ def test_what_reads_pictures_of_one_size_refuses_them(tmp_path: Path) -> None:
         InterleavedData(str(tmp_path), transform=NATIVE)
     with pytest.raises(ValueError, match="classes are learnt from pictures of one size"):
         ClassData(str(tmp_path), transform=NATIVE)
-    data = make(source(), transform=NATIVE, cache_features=CacheFeatures(str(tmp_path)))
+    data = make(source(), transform=NATIVE, cache_features=FeatureCacheConfig(str(tmp_path)))
     with pytest.raises(ValueError, match="cache_features keeps the tokens of pictures of one size"):
         data.use_features(tiny.captioner(freeze_vision=True))
     one = make(source(), transform=ImageTransform(16), loader=LoaderConfig(max_patches_per_batch=99))

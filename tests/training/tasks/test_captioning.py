@@ -12,7 +12,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
@@ -204,7 +204,7 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
     model = captioner()
     freeze(model.vision)
-    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
+    data = scenes(cache_features=FeatureCacheConfig(str(tmp_path / "features")))
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
     module = Captioning(model, image_ablation_batches=0)
     run.fit(module, datamodule=data)
@@ -309,7 +309,7 @@ def test_samples_change_nothing(tmp_path: Path) -> None:
 def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = captioner()
     freeze(model.vision)
-    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
+    data = scenes(cache_features=FeatureCacheConfig(str(tmp_path / "features")))
     said = [Progress(log_seconds=0.0), SamplePrinter(every_seconds=0.0)]
     run = trainer(tmp_path, callbacks=said, enable_progress_bar=True, precision="bf16-mixed")
     run.fit(Captioning(model), datamodule=data)

@@ -13,10 +13,10 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from mmtransformer import CLIP, DualEncoder, ImageTransform, TextTower, ViT
+from mmtransformer import CLIP, ImageTextEmbedder, ImageTransform, TextTower, ViT
 from mmtransformer.cli import main
 from mmtransformer.data import CaptionData, Scenes
-from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import parse
@@ -87,7 +87,7 @@ def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "caption -> picture" in out
     assert "told by words alone" in out
-    found = DualEncoder.from_pretrained(tmp_path / "model", device="cpu")
+    found = ImageTextEmbedder.from_pretrained(tmp_path / "model", device="cpu")
     pairs = data.pairs("val")
     texts = [c.text for i in range(5) for c in pairs.captions(i) if c.language == "en"]
     near = found.similarity([pairs.image(i) for i in range(5)], texts).numpy()
@@ -148,7 +148,7 @@ def test_a_frozen_towers_tokens_are_cached(tmp_path: Path) -> None:
         return task.validation_means
 
     plain = means()
-    cached = means(cache_features=CacheFeatures(str(tmp_path / "features"), dtype="float32"))
+    cached = means(cache_features=FeatureCacheConfig(str(tmp_path / "features"), dtype="float32"))
     assert list((tmp_path / "features").glob("train-*.safetensors"))
     for name in ("val/loss", "compositional/loss"):
         assert cached[name] == pytest.approx(plain[name], abs=1e-5)
@@ -230,7 +230,7 @@ def test_zero_shot_tells_what_vectors_say() -> None:
 
 def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Path) -> None:
     data = scenes()
-    DualEncoder(model(), data.tokenizer, ImageTransform(32), device="cpu").save_pretrained(tmp_path / "start")
+    ImageTextEmbedder(model(), data.tokenizer, ImageTransform(32), device="cpu").save_pretrained(tmp_path / "start")
     (tmp_path / "recipe.yaml").write_text(
         "model:\n  class_path: mmtransformer.training.finetune_clip\n  init_args:\n    optim:\n      warmup_steps: 2\n"
         "data:\n  class_path: mmtransformer.data.CaptionData\n"
@@ -242,7 +242,7 @@ def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Pat
         warnings.simplefilter("ignore")
         assert main([*words, "--data.max_len=81"]) == 2
         assert main(words) == 0
-    again = DualEncoder.from_pretrained(tmp_path / "run/model", device="cpu")
+    again = ImageTextEmbedder.from_pretrained(tmp_path / "run/model", device="cpu")
     assert again.tokenizer.vocab_size == data.tokenizer.vocab_size
     assert again.transform == ImageTransform(32)
     frozen = finetune_clip(str(tmp_path / "start"), freeze_vision=True, freeze_text=True)

@@ -20,9 +20,9 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
-from mmtransformer.metrics.neighbours import NeighbourBaseline
+from mmtransformer.metrics.bigrams import BigramBaseline
 from mmtransformer.training import MaskedLanguageModeling, Optim, Run
-from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
+from mmtransformer.training.evaluation.masked_scores import fill_in, fit_bigrams, score_masked
 
 VOCAB = 320
 THINGS = ("circle", "square", "star", "빨간 원", "작은 별", "heart", "moon")
@@ -256,14 +256,14 @@ def test_a_run_goes_on_where_it_was() -> None:
 # ----------------------------------------------------------------------------------------------------- baselines
 
 
-def test_neighbours_guess_by_definition() -> None:
+def test_bigrams_guess_by_definition() -> None:
     vocab = 9
     draw = np.random.default_rng(0)
     texts = [[0, *((draw.integers(2, vocab) // 2 * 2) + i % 2 for i in range(5)), 1] for _ in range(40)]
     texts = [[min(int(t), vocab - 1) for t in text] for text in texts]
     tokens, starts = np.array([i for text in texts for i in text]), np.arange(0, 7 * 40 + 1, 7)
     loss_mask = np.tile([False, True, True, True, True, True, False], 40)
-    model = NeighbourBaseline(vocab, strength=0.7).fit(tokens, starts, loss_mask)
+    model = BigramBaseline(vocab, strength=0.7).fit(tokens, starts, loss_mask)
     inner = [w for text in texts for w in text[1:-1]]
     share = [inner.count(w) / len(inner) for w in range(vocab)]
     assert model.unigram == int(np.argmax(share))
@@ -291,13 +291,13 @@ def test_neighbours_guess_by_definition() -> None:
     assert model.predict(np.array([-1]), np.array([-1])).tolist() == [model.unigram]
 
 
-def test_neighbours_refuse_what_cannot_be() -> None:
+def test_bigrams_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"vocab_size \(0\)"):
-        NeighbourBaseline(0)
+        BigramBaseline(0)
     with pytest.raises(ValueError, match=r"strength \(0\)"):
-        NeighbourBaseline(3, 0)
+        BigramBaseline(3, 0)
     with pytest.raises(ValueError, match="none of the 2 ids"):
-        NeighbourBaseline(3).fit(np.array([0, 1]), np.array([0, 2]), np.zeros(2, bool))
+        BigramBaseline(3).fit(np.array([0, 1]), np.array([0, 2]), np.zeros(2, bool))
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -403,7 +403,7 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
 ) -> None:
     data = data_of()
     module = MaskedLanguageModeling(encoder_of(), optim=Optim(lr=1e-2, warmup_steps=20))
-    baseline = count_neighbours(data)
+    baseline = fit_bigrams(data)
     before = score_masked(module.encoder.eval(), data, "val", baseline)
     module.train()
     fit = trainer(tmp_path, max_steps=250, max_epochs=99, check_val_every_n_epoch=5)
@@ -440,8 +440,8 @@ def test_scores_are_counted_by_token_and_word() -> None:
         assert encoder.nsp_proj is not None
         encoder.nsp_proj.bias[1] = 1e4
     encoder.train()
-    score = score_masked(encoder, data, "val", count_neighbours(data))
-    assert score == score_masked(encoder.eval(), data, "val", count_neighbours(data))
+    score = score_masked(encoder, data, "val", fit_bigrams(data))
+    assert score == score_masked(encoder.eval(), data, "val", fit_bigrams(data))
     batches = list(data.val_dataloader()[0])
     labels = torch.cat([batch.labels[batch.loss_mask] for batch in batches])
     assert score.tokens == pytest.approx(float((labels == always).float().mean()))

@@ -28,7 +28,7 @@ from mmtransformer import (
     blip2_from_stage1,
 )
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.source import Caption
@@ -158,7 +158,7 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calls: list[int] = []
     forward = ViT.forward_features
     monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
-    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
+    data = scenes(cache_features=FeatureCacheConfig(str(tmp_path / "features")))
     module = QFormerStage1(model(freeze_vision=True), image_ablation_batches=0)
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
     run.fit(module, datamodule=data)

@@ -15,9 +15,9 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from mmtransformer import (
-    DualEncoder,
     ImageCaptioner,
     ImageIndex,
+    ImageTextEmbedder,
     ImageTransform,
     JoinedTowers,
     NativeSize,
@@ -198,7 +198,7 @@ def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "pixels: native size, at most 16 patches of 8 px, bicubic, mean 0.5 0.5 0.5, the vision encoder's own" in out
     saved = json.loads((run / "model" / "preprocessor.json").read_text())
     assert saved["native"] == {"patch_size": 8, "max_num_patches": 16, "enlarge": True}
-    encoder = DualEncoder.from_pretrained(run / "model", device="cpu")
+    encoder = ImageTextEmbedder.from_pretrained(run / "model", device="cpu")
     files = sorted(pictures.glob("*.png"))
     vectors = encoder.encode_images(files)
     for file, vector in zip(files, vectors, strict=True):
@@ -212,7 +212,7 @@ def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtur
     again = ["fit", "--config", str(RECIPES / "finetune_clip.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     again += [f"--model.init={run / 'model'}", f"--data.source={pictures}"]
     fitted([*again, f"--trainer.default_root_dir={tmp_path / 'again'}"], capsys)
-    assert DualEncoder.from_pretrained(tmp_path / "again" / "model", device="cpu").transform == encoder.transform
+    assert ImageTextEmbedder.from_pretrained(tmp_path / "again" / "model", device="cpu").transform == encoder.transform
 
 
 def test_a_captioner_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,8 @@ from transformers import (
 
 from mmtransformer import (
     CLIP,
-    DualEncoder,
     ImageCaptioner,
+    ImageTextEmbedder,
     ImageTransform,
     TextTower,
     Tokenizer,
@@ -58,7 +58,7 @@ def theirs_of(folder: Path, model: Any, texts: list[str]) -> tuple[Any, Any, Any
         return found["input_ids"], pixels, model(**found, **pixels)
 
 
-def as_patches(ours: DualEncoder, pixels: Any) -> list[Any]:
+def as_patches(ours: ImageTextEmbedder, pixels: Any) -> list[Any]:
     """Pixels of transformers as ours are: of SigLIP 2's native sizes each picture's own."""
     if "spatial_shapes" not in pixels:
         return list(pixels["pixel_values"])
@@ -73,7 +73,7 @@ def as_patches(ours: DualEncoder, pixels: Any) -> list[Any]:
 @pytest.mark.parametrize(("kind", "shape"), KINDS)
 def test_ids_pixels_and_vectors_are_those_of_transformers(kind: str, shape: str, tmp_path: Path) -> None:
     model = dual.write(tmp_path / "theirs", kind, shape)
-    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    ours = ImageTextEmbedder.from_pretrained(tmp_path / "theirs", device="cpu")
     ids, pixels, out = theirs_of(tmp_path / "theirs", model, dual.TEXTS)
     rows = ours.tokenizer.pad([ours.ids(text) for text in dual.TEXTS])
     real = ids[:, : rows[0].shape[1]]
@@ -89,7 +89,7 @@ def test_ids_pixels_and_vectors_are_those_of_transformers(kind: str, shape: str,
 @pytest.mark.parametrize(("kind", "shape"), KINDS)
 def test_written_back_transformers_reads_it_whole(kind: str, shape: str, tmp_path: Path) -> None:
     model = dual.write(tmp_path / "theirs", kind, shape)
-    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    ours = ImageTextEmbedder.from_pretrained(tmp_path / "theirs", device="cpu")
     ours.save_transformers(tmp_path / "ours")
     again, info = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
@@ -106,7 +106,7 @@ def test_written_back_transformers_reads_it_whole(kind: str, shape: str, tmp_pat
             assert torch.equal(rows[-tensor.shape[0] + 2 :], tensor[2:])
         elif not name.endswith(("class_embedding", "vision_model.embeddings.position_embedding.weight")):
             assert torch.equal(again.state_dict()[name], tensor), name
-    back = DualEncoder.from_pretrained(tmp_path / "ours", device="cpu")
+    back = ImageTextEmbedder.from_pretrained(tmp_path / "ours", device="cpu")
     torch.testing.assert_close(back.encode_texts(dual.TEXTS), ours.encode_texts(dual.TEXTS))
     torch.testing.assert_close(back.encode_images(pictures()), ours.encode_images(pictures()))
     for name, tensor in load_clip(tmp_path / "ours").state_dict().items():
@@ -123,7 +123,7 @@ def test_a_clip_whose_texts_are_gathered_at_their_largest_id(tmp_path: Path) -> 
     side = {"height": 21, "width": 21}
     for part in (model, tokenizer, CLIPImageProcessor(size={"shortest_edge": 21}, crop_size=side)):
         part.save_pretrained(tmp_path / "theirs")
-    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    ours = ImageTextEmbedder.from_pretrained(tmp_path / "theirs", device="cpu")
     assert isinstance(ours.model.text, TextTower)
     assert ours.model.text.pool == "argmax"
     found = tokenizer(dual.TEXTS, padding=True, truncation=True, return_tensors="pt")
@@ -160,16 +160,16 @@ def test_parts_of_dual_models_that_are_not_here_are_refused(tmp_path: Path) -> N
         values = {k: v for k, v in {**json.loads(kept), key: value}.items() if v is not None}
         file.write_text(json.dumps(values))
         with pytest.raises(ValueError, match=said):
-            DualEncoder.from_pretrained(tmp_path / "naflex")
+            ImageTextEmbedder.from_pretrained(tmp_path / "naflex")
         file.write_text(kept)
-    ours = DualEncoder.from_pretrained(tmp_path / "naflex", device="cpu")
+    ours = ImageTextEmbedder.from_pretrained(tmp_path / "naflex", device="cpu")
     ours.transform = ImageTransform(21)
     with pytest.raises(ValueError, match="SigLIP 2's image processor keeps pictures' shapes"):
         ours.save_transformers(tmp_path / "no")
     assert not (tmp_path / "no").exists()
     clip = tmp_path / "clip"
     dual.write(clip, "clip")
-    ours = DualEncoder.from_pretrained(clip, device="cpu")
+    ours = ImageTextEmbedder.from_pretrained(clip, device="cpu")
     ours.transform = ImageTransform(resize="native")
     with pytest.raises(ValueError, match="of transformers' image processors SigLIP 2's alone"):
         ours.save_transformers(tmp_path / "no")
@@ -179,12 +179,12 @@ def test_parts_of_dual_models_that_are_not_here_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision(kind: str, half: torch.dtype, tmp_path: Path) -> None:
     model = dual.write(tmp_path, kind)
-    whole = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    whole = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu")
     model.to(half).save_pretrained(tmp_path)
-    read = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    read = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu")
     assert {p.dtype for p in read.model.parameters()} == {torch.float32}
     name = str(half).removeprefix("torch.")
-    small = DualEncoder.from_pretrained(tmp_path, device="cpu", dtype=name)  # type: ignore[arg-type]
+    small = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu", dtype=name)  # type: ignore[arg-type]
     assert {p.dtype for p in small.model.parameters()} == {half}
     for found in (read, small):
         for mine, other in ((found.encode_images(pictures()), whole.encode_images(pictures())),
@@ -192,7 +192,7 @@ def test_half_precision(kind: str, half: torch.dtype, tmp_path: Path) -> None:
             assert mine.dtype == torch.float32
             assert float((mine * other).sum(1).min()) > 0.999
     with pytest.raises(ValueError, match='dtype must be float32, bfloat16, float16, not "int8"'):
-        DualEncoder.from_pretrained(tmp_path, dtype="int8")  # type: ignore[arg-type]
+        ImageTextEmbedder.from_pretrained(tmp_path, dtype="int8")  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_open_clip_there_and_back(tmp_path: Path) -> None:
     assert torch.equal(back.encode_text(tokens), ours.encode_text(tokens))
     Tokenizer.train(["a red star"] * 3, 300).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer has 2.. tokens, but the model scores 53"):
-        DualEncoder.from_pretrained(tmp_path)
+        ImageTextEmbedder.from_pretrained(tmp_path)
     assert open_clip_pixels(tmp_path, (21, 21)) == ImageTransform(
         21, "crop", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     )
@@ -269,11 +269,11 @@ def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
         ("vit", "vit holds a ViT, not a CLIP"),
         ("nothing", "nothing: no such folder"),
     ):
-        for load in (load_clip, DualEncoder.from_pretrained):
+        for load in (load_clip, ImageTextEmbedder.from_pretrained):
             with pytest.raises(ValueError, match=said) as caught:
                 load(tmp_path / name)
             assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"a dual encoder \(clip\), which does not caption: use `mmt search`, or Dual"):
+    with pytest.raises(ValueError, match=r"a dual encoder \(clip\), which does not caption: use `mmt search`, or Imag"):
         ImageCaptioner.from_pretrained(tmp_path / "clip")
     assert load_vit(tmp_path / "clip").class_token  # The tower of a dual model alone.
 
@@ -291,7 +291,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
-        DualEncoder.from_pretrained(tmp_path)
+        ImageTextEmbedder.from_pretrained(tmp_path)
 
 
 def test_what_transformers_has_not_is_not_written(tmp_path: Path) -> None:

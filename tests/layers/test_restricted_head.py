@@ -1,4 +1,4 @@
-"""PrunedHead: the head's own logits for what is kept, nothing for the rest, packed or not."""
+"""RestrictedLMHead: the head's own logits for the allowed tokens, nothing for the rest, packed or not."""
 
 import copy
 import pickle
@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from mmtransformer.layers.pruned_head import NEVER, PrunedHead
+from mmtransformer.layers.restricted_head import NEVER, RestrictedLMHead
 from mmtransformer.layers.weight_packing import pack_weights
 
 KEPT = [1, 4, 5, 9]
 
 
-def heads(bias: bool = True) -> tuple[nn.Linear, PrunedHead]:
+def heads(bias: bool = True) -> tuple[nn.Linear, RestrictedLMHead]:
     torch.manual_seed(0)
     head = nn.Linear(16, 11, bias=bias)
-    return head, PrunedHead(head, [9, 4, 1, 5, 4])
+    return head, RestrictedLMHead(head, [9, 4, 1, 5, 4])
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_what_is_kept_has_its_logits(bias: bool, grad: bool) -> None:
+def test_allowed_tokens_have_the_heads_logits(bias: bool, grad: bool) -> None:
     head, pruned = heads(bias)
     x = torch.randn(2, 3, 16)
     with torch.set_grad_enabled(grad):
@@ -69,7 +69,7 @@ def test_it_is_packed_like_other_layers(int8: bool) -> None:
         torch.testing.assert_close(found[:, KEPT], head(x)[:, KEPT], atol=0.05 if int8 else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kept", [[], [-1, 2], [11]])
-def test_ids_that_there_are_not(kept: list[int]) -> None:
-    with pytest.raises(ValueError, match="a head of 11 tokens keeps at least one of the ids 0 to 10"):
-        PrunedHead(nn.Linear(16, 11), kept)
+@pytest.mark.parametrize("allowed", [[], [-1, 2], [11]])
+def test_ids_that_there_are_not(allowed: list[int]) -> None:
+    with pytest.raises(ValueError, match="a head of 11 tokens is restricted to at least one of the ids 0 to 10"):
+        RestrictedLMHead(nn.Linear(16, 11), allowed)

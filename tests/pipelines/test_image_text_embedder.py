@@ -1,4 +1,4 @@
-"""`DualEncoder`: vectors of pictures and texts, zero-shot classes, and the folder that all of it is kept in."""
+"""`ImageTextEmbedder`: vectors of pictures and texts, zero-shot classes, and the folder that all of it is kept in."""
 
 import io
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtransformer import CLIP, DualEncoder, ImageCaptioner, ImageError, ImageTransform, TextTower, Tokenizer, ViT
+from mmtransformer import CLIP, ImageCaptioner, ImageError, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
 from support.public import noisy, pictures
 
 TEXTS = ["a red star", "빨간 별", "a blue circle below a green square"]
 
 
-def encoder(loss: str = "softmax") -> DualEncoder:
+def encoder(loss: str = "softmax") -> ImageTextEmbedder:
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(TEXTS * 3, 300, ["en", "ko"])
     text = TextTower(300, 20, 2, 2, max_len=24)
     model = noisy(CLIP(ViT(16, 8, 24, 2, 4), text, embed_dim=13, loss=loss))  # type: ignore[arg-type]
-    return DualEncoder(model, tokenizer, ImageTransform(16), device="cpu")
+    return ImageTextEmbedder(model, tokenizer, ImageTransform(16), device="cpu")
 
 
 def test_vectors_are_the_models_whatever_the_batches() -> None:
@@ -99,21 +99,21 @@ def test_zero_shot_classes_are_the_mean_of_their_sentences(loss: str) -> None:
 def test_a_folder_holds_all_of_it(loss: str, tmp_path: Path) -> None:
     found = encoder(loss)
     found.save_pretrained(tmp_path, card="trained on stars")
-    again = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    again = ImageTextEmbedder.from_pretrained(tmp_path, device="cpu")
     torch.testing.assert_close(again.encode_images(pictures()), found.encode_images(pictures()), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(again.encode_texts(TEXTS), found.encode_texts(TEXTS), atol=1e-6, rtol=1e-5)
     assert again.transform == found.transform
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "trained on stars" in card
-    assert "DualEncoder.from_pretrained" in card
+    assert "ImageTextEmbedder.from_pretrained" in card
     with pytest.raises(ValueError, match="CLIP"):
         ImageCaptioner.from_pretrained(tmp_path)
     (tmp_path / "preprocessor.json").unlink()
     with pytest.raises(ValueError, match=r"preprocessor"):
-        DualEncoder.from_pretrained(tmp_path)
+        ImageTextEmbedder.from_pretrained(tmp_path)
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     small = CLIP(ViT(16, 8, 24, 1, 4), TextTower(280, 20, 1, 2), embed_dim=13)
     with pytest.raises(ValueError, match="the tokenizer has 300 tokens, but the model scores 280"):
-        DualEncoder(small, encoder().tokenizer, ImageTransform(16))
+        ImageTextEmbedder(small, encoder().tokenizer, ImageTransform(16))

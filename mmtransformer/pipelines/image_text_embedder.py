@@ -1,4 +1,4 @@
-"""DualEncoder: pictures and texts -> vectors that can be compared, and all that belongs to a saved model in one folder.
+"""ImageTextEmbedder: pictures and texts -> vectors that can be compared; a model and what it needs, in one folder.
 
 Shapes: n pictures or texts, m labels, d width of the vectors.
 """
@@ -52,7 +52,7 @@ TEMPLATES: tuple[str, ...] = (
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class DualEncoder(Pipeline[CLIP]):
+class ImageTextEmbedder(Pipeline[CLIP]):
     """Turns pictures and texts into vectors of length 1, the nearer the better they fit.
 
     Args:
@@ -249,8 +249,8 @@ class DualEncoder(Pipeline[CLIP]):
             self.model,
             task="zero-shot-image-classification",
             about="A dual encoder of mmtransformer, which compares pictures and texts",
-            usage="from mmtransformer import DualEncoder\n\n"
-            'model = DualEncoder.from_pretrained("FOLDER")  # this folder\n'
+            usage="from mmtransformer import ImageTextEmbedder\n\n"
+            'model = ImageTextEmbedder.from_pretrained("FOLDER")  # this folder\n'
             'print(model.classify("picture.jpg", ["a cat", "a dog"])[0])',
             languages=self.tokenizer.languages,
             note=card,

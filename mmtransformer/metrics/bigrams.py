@@ -12,8 +12,8 @@ from typing import Self
 import numpy as np
 
 
-class NeighbourBaseline:
-    """Counts which tokens stand beside which, and guesses hidden ones.
+class BigramBaseline:
+    """Counts pairs of tokens side by side, and guesses hidden ones from both neighbours.
 
     Args:
         vocab_size: Number of ids v.
