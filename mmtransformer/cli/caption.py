@@ -105,7 +105,11 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--nearest", action="store_true", help="choose the examples that are most like the picture, not random ones")
     add("--json", action="store_true", help="print one line of JSON per picture")
     add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
-    add("--vocabulary", metavar="FILE", help="write only tokens of this text, such as a training's captions: faster")
+    add(
+        "--restrict-vocabulary",
+        metavar="FILE",
+        help="write only tokens of this text, such as a training's captions: faster",
+    )
     text = "FILE.jsonl, FILE.csv, FOLDER/ for one text file per picture, or txt or caption for text files next to them"
     add("--out", metavar="OUT", help=f"write the captions: {text}; pictures that have captions there are skipped")
     add("--overwrite", action="store_true", help="caption again what has captions in OUT")
@@ -184,13 +188,15 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
-    if args.vocabulary:
+    if args.restrict_vocabulary:
         from mmtransformer.pipelines.vocabulary import restrict_vocabulary
 
         try:
-            texts = Path(args.vocabulary).read_text("utf-8").split("\n")
+            texts = Path(args.restrict_vocabulary).read_text("utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"--vocabulary {args.vocabulary} is no text in UTF-8 ({error.reason})") from error
+            raise ValueError(
+                f"--restrict-vocabulary {args.restrict_vocabulary} is no text in UTF-8 ({error.reason})"
+            ) from error
         left = restrict_vocabulary(model, filter(str.strip, texts))
         say(f"{left:,} of {model.tokenizer.vocab_size:,} tokens are left to write", file=sys.stderr)
     own = None if model.processor is None else model.processor.prompt

@@ -35,8 +35,8 @@ def run(name: str, words: Sequence[str]) -> int:
     args = _parser(name).parse_args(list(words))
     if args.nearest and args.num_shots is None:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
-    if args.overwrite and not args.predictions:
-        raise ValueError("--overwrite captions anew what is in the file of --predictions, and none is named")
+    if args.overwrite and not args.captions_out:
+        raise ValueError("--overwrite captions anew what is in the file of --captions-out, and none is named")
     if args.clip_prefix and not args.clip_score:
         raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
 
@@ -72,7 +72,7 @@ def run(name: str, words: Sequence[str]) -> int:
             f"if all are of one, name it: --default-language CODE"
         )
     codes = split_languages(model.tokenizer, tuple(found))
-    file = _predictions(args, model)
+    file = _prediction_file(args, model)
     by, bad = _caption(args, name, model, devices, pairs, count, codes, file)
     result = Evaluation(model.generation.updated(**generation_changes(args)))
     score_split(result, args.split, by, pairs)
@@ -86,8 +86,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.out:
         write_json(Path(args.out), result.to_dict() | more)
     listed = ""
-    if args.predictions:
-        path = Path(args.predictions)
+    if args.captions_out:
+        path = Path(args.captions_out)
         path = path.with_name(f"bad_images_{path.stem}.txt")
         listed = f": {path} names them" if write_bad(path, map(pairs.name, range(count)), bad) else ""
     if bad:
@@ -126,8 +126,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--max-bad-fraction", type=float, default=0.01, metavar="X", help=text)
     add("--out", metavar="OUT.json", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a stopped call, run again, resumes from the file"
-    add("--predictions", metavar="OUT", help=text)
-    add("--overwrite", action="store_true", help="caption again what is in OUT")
+    add("--captions-out", metavar="OUT.jsonl", help=text)
+    add("--overwrite", action="store_true", help="caption again what is in the file of --captions-out")
     add_many_options(parser, batch_size=32)
     add_generation_options(parser, without=("num_return_sequences",))
     add_read_options(parser)
@@ -253,7 +253,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     return source
 
 
-def _predictions(args: argparse.Namespace, model: "ImageCaptioner") -> "PredictionFile":
+def _prediction_file(args: argparse.Namespace, model: "ImageCaptioner") -> "PredictionFile":
     from mmtransformer.serialization.pretrained import find_folder
     from mmtransformer.training.evaluation.predictions import PredictionFile, files_of
 
@@ -266,5 +266,5 @@ def _predictions(args: argparse.Namespace, model: "ImageCaptioner") -> "Predicti
         "read": dataclasses.asdict(read_options(args)),
         **{name: getattr(args, name) for name in ("split", "num_shots", "nearest", "precision")},
     }
-    path = Path(args.predictions) if args.predictions else None
+    path = Path(args.captions_out) if args.captions_out else None
     return PredictionFile(path, settings, overwrite=args.overwrite)

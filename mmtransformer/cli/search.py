@@ -55,7 +55,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one line of JSON per picture or group")
     add("--out", metavar="OUT.html", help="show the answer as a page of pictures (or OUT.png, a sheet)")
     text = "keep the index in this file; without it in the user's cache, never in the pictures' folders"
-    add("--keep", metavar="FILE.safetensors", help=text)
+    add("--index-file", metavar="FILE.safetensors", help=text)
     add(
         "--no-update", action="store_true", help="answer from the index as it is, without checking for changed pictures"
     )
@@ -86,13 +86,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: the answer is a page or a picture; let the name end in .html or .png")
     if args.out:
         check_place(args.out, "--out")
-    if args.keep and Path(args.keep).suffix != ".safetensors":
-        raise ValueError(f"--keep {args.keep}: an index is a safetensors file; let the name end in .safetensors")
-    if args.keep and Path(args.keep).is_dir():
-        raise ValueError(f"--keep {args.keep} is a folder; name a file in it")
+    if args.index_file and Path(args.index_file).suffix != ".safetensors":
+        raise ValueError(
+            f"--index-file {args.index_file}: an index is a safetensors file; let the name end in .safetensors"
+        )
+    if args.index_file and Path(args.index_file).is_dir():
+        raise ValueError(f"--index-file {args.index_file} is a folder; name a file in it")
     files = [place for place in args.index if place.endswith(".safetensors")]
-    if files and (len(args.index) > 1 or args.keep):
-        what = "--keep" if args.keep else "other places"
+    if files and (len(args.index) > 1 or args.index_file):
+        what = "--index-file" if args.index_file else "other places"
         raise ValueError(f"--index {files[0]} is an index that knows its pictures: leave out {what}")
 
 
@@ -105,10 +107,10 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
 
     given = args.index[0] if args.index[0].endswith(".safetensors") else None
     if given and not Path(given).exists():
-        raise ValueError(f"{given}: no such index; --index FOLDER --keep {given} makes one")
+        raise ValueError(f"{given}: no such index; --index FOLDER --index-file {given} makes one")
     encoder = ImageTextEmbedder.from_pretrained(args.model, device=args.device)
     model = fingerprint(encoder)
-    path = Path(given or args.keep or cached_path(args.index, model))
+    path = Path(given or args.index_file or cached_path(args.index, model))
     if args.no_update:
         if not path.exists():
             raise ValueError(

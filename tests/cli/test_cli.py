@@ -287,7 +287,7 @@ def test_evaluate(
     monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
     monkeypatch.delenv("JAVA_HOME", raising=False)
     scores, said = tmp_path / "scores.json", tmp_path / "said.jsonl"
-    words = ["--data", str(pairs), "--split", "train", "--out", str(scores), "--predictions", str(said)]
+    words = ["--data", str(pairs), "--split", "train", "--out", str(scores), "--captions-out", str(said)]
     code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *words)
     assert code == 0
     assert "BLEU-4" in out
@@ -335,26 +335,26 @@ def test_evaluate_goes_on_and_passes_over_bad_pictures(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pairs, "pairs")
     words = ["evaluate", "--model", str(model), "--data", "pairs", "--split", "train", "--batch-size", "2"]
-    _, whole, _ = mmt(capsys, *words, "--predictions", "whole.jsonl")
+    _, whole, _ = mmt(capsys, *words, "--captions-out", "whole.jsonl")
     lines = Path("whole.jsonl").read_bytes()
     Path("part.jsonl").write_bytes(lines[: len(lines) // 2])
-    code, out, _ = mmt(capsys, *words, "--predictions", "part.jsonl")
+    code, out, _ = mmt(capsys, *words, "--captions-out", "part.jsonl")
     assert (code, out) == (0, whole)
     assert Path("part.jsonl").read_bytes() == lines
-    code, out, _ = mmt(capsys, *words, "--predictions", "two.jsonl", "--device", "cpu", "--devices", "2")
+    code, out, _ = mmt(capsys, *words, "--captions-out", "two.jsonl", "--device", "cpu", "--devices", "2")
     assert code == 0
     assert [json.loads(line)["name"] for line in Path("two.jsonl").read_text("utf-8").splitlines()] == [
         json.loads(line)["name"] for line in lines.splitlines()
     ]
     Path("pairs/p3.png").write_bytes(b"broken")
     Path("part.jsonl").unlink()
-    code, out, err = mmt(capsys, *words, "--predictions", "part.jsonl")
+    code, out, err = mmt(capsys, *words, "--captions-out", "part.jsonl")
     assert code == 1
     assert "1 of 5 pictures could not be used, and are in no score: bad_images_part.txt names them" in err
     assert Path("bad_images_part.txt").read_text("utf-8").splitlines()[1] == "p3.png"
     assert len(Path("part.jsonl").read_text("utf-8").splitlines()) == len(lines.splitlines()) - 1
     Path("part.jsonl").write_text("no predictions\n", "utf-8")
-    code, _, err = mmt(capsys, *words, "--predictions", "part.jsonl")
+    code, _, err = mmt(capsys, *words, "--captions-out", "part.jsonl")
     assert (code, "holds no predictions" in err) == (2, True)
 
 
@@ -363,7 +363,7 @@ def test_evaluate_draws_the_scenes_that_the_model_was_scored_on(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
-    words = ["evaluate", "--model", str(folder), "--data", "scenes", "--limit", "3", "--predictions"]
+    words = ["evaluate", "--model", str(folder), "--data", "scenes", "--limit", "3", "--captions-out"]
     code, _, err = mmt(capsys, *words, str(tmp_path / "default.jsonl"))
     assert (code, "it is not known which scenes it was scored on" in err) == (0, True)
     source = Scenes(image_size=32, seed=7, val_size=2, world=World(group_shares=(1.0,), max_count=1))

@@ -132,13 +132,15 @@ def test_the_answer_in_pictures(model: str, photos: Path, capsys: pytest.Capture
 
 
 def test_an_index_in_a_file(model: str, photos: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, _, err = mmt(capsys, "search", "red", "--index", "photos", "--model", model, "--keep", "kept/my.safetensors")
+    code, _, err = mmt(
+        capsys, "search", "red", "--index", "photos", "--model", model, "--index-file", "kept/my.safetensors"
+    )
     assert (code, err.splitlines()[-1]) == (1, "6 pictures (6 new, 1 could not be used); index: kept/my.safetensors")
     assert not list(Path("cache").rglob("*.safetensors"))
     _, first, _ = mmt(capsys, "search", "red", "--index", "kept/my.safetensors", "--model", model)
     assert len(first.splitlines()) == 6
     other = save_model(tmp_path / "other", 1)
-    for ask in (("--index", "kept/my.safetensors"), ("--index", "photos", "--keep", "kept/my.safetensors")):
+    for ask in (("--index", "kept/my.safetensors"), ("--index", "photos", "--index-file", "kept/my.safetensors")):
         code, _, err = mmt(capsys, "search", "red", *ask, "--model", other)
         assert code == 2
         assert "kept/my.safetensors: made by another model" in err
@@ -178,19 +180,19 @@ def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pyt
         (("red", "--batch-size", "0"), "--batch-size must be a whole number, at least 1, not 0"),
         (("red", "--out", "a.pdf"), "--out a.pdf: the answer is a page or a picture"),
         (("red", "--out", "folder.html"), "--out folder.html is a folder"),
-        (("red", "--keep", "a.npy"), "--keep a.npy: an index is a safetensors file"),
-        (("red", "--keep", "folder.safetensors"), "--keep folder.safetensors is a folder"),
+        (("red", "--index-file", "a.npy"), "--index-file a.npy: an index is a safetensors file"),
+        (("red", "--index-file", "folder.safetensors"), "--index-file folder.safetensors is a folder"),
         (("--like", "missing.png"), "missing.png: cannot be read (No such file or directory)"),
         (("--like", "photos/cut.png"), "photos/cut.png: damaged PNG"),
         (("red", "--index", "empty"), "empty: no pictures there"),
         (("red", "--index", "missing"), "missing: cannot be read (No such file or directory)"),
         (("red", "--index", "*.gif"), "no file fits this pattern"),
         (("red", "--index", "photos/cut.png"), "photos/cut.png: damaged PNG"),
-        (("red", "--index", "missing.safetensors"), "missing.safetensors: no such index; --index FOLDER --keep"),
+        (("red", "--index", "missing.safetensors"), "missing.safetensors: no such index; --index FOLDER --index-file"),
         (("red", "--index", "folder.safetensors"), "is a folder, and an index is one file"),
         (("red", "--index", "text.safetensors"), "text.safetensors: cut short, or no safetensors file"),
         (("red", "--index", "a.safetensors", "--index", "photos"), "an index that knows its pictures: leave out other"),
-        (("red", "--index", "a.safetensors", "--keep", "b.safetensors"), "leave out --keep"),
+        (("red", "--index", "a.safetensors", "--index-file", "b.safetensors"), "leave out --index-file"),
         (("red", "--index", "photos", "--no-update"), "--no-update: there is no index of photos by this model yet"),
         (("red", "--index", "photos", "--device", "warp"), "device warp is unknown to torch"),
         (("red", "--index", "photos", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),

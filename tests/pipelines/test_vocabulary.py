@@ -61,7 +61,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     captioner().save_pretrained(tmp_path / "model")
     image, words = picture(tmp_path / "x.png"), tmp_path / "words.txt"
     words.write_text("빨간 별\n\n", "utf-8")
-    call = ["caption", str(image), "--model", str(tmp_path / "model"), "--device", "cpu", "--vocabulary", str(words)]
+    model = ["--model", str(tmp_path / "model"), "--device", "cpu"]
+    call = ["caption", str(image), *model, "--restrict-vocabulary", str(words)]
     code, out, err = mmt(capsys, *call, "--max-new-tokens", "6")
     assert code == 0
     assert "tokens are left to write" in err

@@ -122,7 +122,7 @@ def test_it_is_trained_and_scored_by_its_answers(
     words = ["--config", "recipes/finetune_hub.yaml", "--model.init", str(base), "--data.source", str(root)]
     code, _, err = mmt(capsys, "fit", *words, *QUICK, "--trainer.default_root_dir", str(run))
     assert code == 0, err
-    args = ["--data", str(root), "--split", "val", "--device", "cpu", "--predictions", str(out), "--batch-size", "3"]
+    args = ["--data", str(root), "--split", "val", "--device", "cpu", "--captions-out", str(out), "--batch-size", "3"]
     code, _, err = mmt(capsys, "evaluate", "--model", str(run / "model"), *args, "--num-beams", "2")
     assert code == 0, err
     model = load(run / "model")
