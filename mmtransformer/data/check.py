@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mmtransformer.data.files.normalize import BY_HASH
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.loading.errors import FIRST, Report, allowed
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
@@ -148,7 +149,10 @@ def check(
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(report, max_bad_fraction) if isinstance(report, Report) else []
-    kinds = _images(looked) + _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2)
+    said = describe() if describe else type(pairs).__name__
+    kinds = _images(looked, named_splits=BY_HASH not in said) + _captions(
+        splits, captions, tokenizer, max_len, 3 if pairs.languages else 2
+    )
     findings += [
         Finding(what, len(some), of, may_hurt and len(some) > allowed(of, max_bad_fraction), some[:FIRST], remedy)
         for what, some, of, may_hurt, remedy in kinds
@@ -161,7 +165,7 @@ def check(
         if name not in splits
     ]
     return CheckReport(
-        source=describe() if describe else type(pairs).__name__,
+        source=said,
         images={name: _pictures(split, captions[name]) for name, split in splits.items()},
         captions={name: sum(map(len, groups)) for name, groups in captions.items()},
         languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
@@ -228,7 +232,7 @@ def _one_colour(pixels: np.ndarray) -> bool:
 
 
 _REMEDIES = {
-    "missing picture": "put the pictures beside the manifest, or name their folder: --image-folder FOLDER "
+    "missing picture": "put the pictures beside their captions, or name their folder: --image-folder FOLDER "
     "(data.read.image_folder)",
     "refused path": "write paths relative to the manifest, inside the root",
     "ambiguous name": "write the folder before the name too, as in train/a.jpg",
@@ -274,7 +278,7 @@ def _rows(report: Report, max_bad_fraction: float) -> list[Finding]:
 _Kind = tuple[str, list[str], int, bool, str]  # what, the offenders, out of how many, whether it may hurt, remedy
 
 
-def _images(looked: Sequence[_Looked]) -> list[_Kind]:
+def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[_Kind]:
     first: dict[bytes, _Looked] = {}
     inside: list[str] = []
     across: list[str] = []
@@ -292,9 +296,12 @@ def _images(looked: Sequence[_Looked]) -> list[_Kind]:
     ]
     total, held_out = len(looked), sum(image.split != "train" for image in looked)
     errors, blank = [p.error for p in looked if p.error], [p.name for p in looked if p.blank]
+    apart = "put copies into the same split, or take out all but one"
+    if not named_splits:
+        apart = "name the splits, with copies in the same one: in a column split, or by folders train/ and val/"
     return [
         ("corrupt pictures", errors, total, True, "replace them or take them out"),
-        ("pictures that are in two splits", across, held_out, True, "a split column can keep copies together"),
+        ("pictures that are in two splits", across, held_out, True, apart),
         ("the same picture again in its split", inside, total, False, "list its captions together"),
         ("pictures of a single colour", blank, total, True, "take them out"),
         ("pictures under 16 pixels, or 8 times longer than wide", thin, total, True, "take them out"),

@@ -14,6 +14,7 @@ from PIL import Image
 from mmtransformer.data.check import CheckReport, Finding, check
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import ImageError
@@ -147,6 +148,66 @@ def test_every_error_of_a_row_has_its_remedy_beside_it(tmp_path: Path) -> None:
         assert remedy in block[: block.index("->") + 120]
     assert sum(report.captions.values()) == 34
     assert sum(check(PairFiles(tmp_path, ReadOptions(encoding="cp949"), max_bad_fraction=1)).captions.values()) == 36
+
+
+CONTROLS = "control characters in texts, such as NUL, taken out"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "json", "tar", "documents"])
+def test_control_characters_are_counted_and_not_learnt(kind: str, tmp_path: Path) -> None:
+    said = ["a r\0ed\x07 dog", "blue\x1b[31m 별", "a dog\n", "two\tdogs asleep", "['a \x7fcat', 'a cat']"]
+    files = {f"{i}.png": noise(i) for i in range(5)}
+    if kind == "csv":
+        quoted = "".join(f'{i}.png,"{text}"\n' for i, text in enumerate(said))
+        files["c.csv"] = f"image,caption\n{quoted}".encode()
+    elif kind in ("jsonl", "json"):
+        rows = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(said)]
+        text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+        files[f"c.{kind}"] = text.encode()
+    elif kind == "documents":
+        rows = [{"text": f"<image> {text}", "images": [f"{i}.png"]} for i, text in enumerate(said)]
+        files["c.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
+    else:
+        files |= {f"{i}.txt": text.encode() for i, text in enumerate(said)}
+    root = tmp_path / "pairs"
+    root.mkdir()
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    if kind == "tar":
+        with tarfile.open(tmp_path / "pairs.tar", "w") as box:
+            for name in files:
+                box.add(root / name, name)
+        root = tmp_path / "pairs.tar"
+    found = finding(look(root), CONTROLS)
+    assert (found.count, found.hurts) == (3, False)
+    assert r"'a r\x00ed\x07 dog'" in found.first[0].replace("<image> ", "")
+    assert finding(look(root), CONTROLS).count == 3  # of a kept index, too
+    source = open_pairs(root, ReadOptions(val_fraction=0))
+    split = source.split("train")
+    texts = {caption.text for i in range(len(split)) for caption in split.captions(i)}
+    assert {"a red dog", "blue[31m 별", "a dog", "two dogs asleep"} < texts
+    assert all(text.isprintable() for text in texts)
+
+
+def test_the_remedy_for_copies_fits_how_the_splits_are_told(tmp_path: Path) -> None:
+    what = "pictures that are in two splits"
+    assert finding(look(build(tmp_path, data=dict.fromkeys(range(185, 195), COPY))), what).remedy == (
+        "put copies into the same split, or take out all but one"
+    )
+    for path in tmp_path.glob("p*.png"):
+        path.with_suffix(".txt").write_text(f"picture {path.stem}")
+    (tmp_path / "c.jsonl").unlink()
+    assert finding(look(tmp_path), what).remedy == (
+        "name the splits, with copies in the same one: in a column split, or by folders train/ and val/"
+    )
+    for split, some in (("train", range(5, 100)), ("val", range(180, 211))):
+        (tmp_path / split).mkdir()
+        for i in some:
+            for ending in ("png", "txt"):
+                (tmp_path / f"p{i}.{ending}").rename(tmp_path / split / f"p{i}.{ending}")
+    for path in tmp_path.glob("p*.*"):
+        path.unlink()
+    assert finding(look(tmp_path), what).remedy == "put copies into the same split, or take out all but one"
 
 
 def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
-from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word
+from mmtransformer.data.files.text import (
+    CONTROLS,
+    is_broken,
+    is_missing,
+    language_code,
+    normalize_text,
+    shown_controls,
+    split_word,
+)
 from mmtransformer.data.formats.json_text import json_lines
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
@@ -216,6 +224,8 @@ class InterleavedFiles:
     ) -> _Read:
         if any(map(is_broken, texts)):
             raise LineError("not valid Unicode", f"{''.join(texts)[:60]!a}")
+        if (shown := shown_controls("".join(texts))) is not None:
+            self.report.note(CONTROLS, where, shown)
         texts = tuple("\n".join(filter(None, map(normalize_text, text.split("\n")))) for text in texts)
         if not images:
             raise LineError("no picture", f"{''.join(texts)[:60]!r}")

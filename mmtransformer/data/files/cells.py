@@ -7,7 +7,15 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from mmtransformer.data.files.text import CODES, is_broken, is_missing, language_code, normalize_text
+from mmtransformer.data.files.text import (
+    CODES,
+    CONTROLS,
+    is_broken,
+    is_missing,
+    language_code,
+    normalize_text,
+    shown_controls,
+)
 from mmtransformer.data.loading.source import Caption
 
 LISTED = "cells that hold a list as text, read as its captions"
@@ -48,7 +56,7 @@ def read_captions(
         if (inner := as_list(value)) is not None:
             if notes is not None:
                 notes.append((LISTED, f"{of} {value[:60]}"))
-            return read_captions(inner, language, of, errors, None, depth + 1)
+            return read_captions(inner, language, of, errors, notes, depth + 1)
         if is_broken(value):
             errors.append(("not valid Unicode", f"{of} {value[:60]!a}"))
             return []
@@ -56,6 +64,8 @@ def read_captions(
         if is_missing(text):
             errors.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
             return []
+        if notes is not None and (shown := shown_controls(value)) is not None:
+            notes.append((CONTROLS, f"{of} {shown}"))
         return [Caption(text, language)]
     if isinstance(value, dict):
         text = next((value[key] for key in _TEXTS if key in value), None)

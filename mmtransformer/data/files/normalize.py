@@ -9,6 +9,9 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.text.detokenize import detokenize
 from mmtransformer.text.markup import strip_markup
 
+BY_HASH = "by hash of the name"
+"""How members are shared out to splits where the data name none, in words."""
+
 _ORDER = {"train": 0, "val": 1, "test": 2}
 
 
@@ -113,7 +116,7 @@ def normalize_splits(
             held_out -= {max(draws, key=lambda name: draws[name])}
         for i in pool:
             found[i] = "val" if names[i] in held_out else "train"
-        said = f"val by hash of the name, {val_fraction:.0%} of the {what}" if pool else ""
+        said = f"val {BY_HASH}, {val_fraction:.0%} of the {what}" if pool else ""
     members: dict[str, list[int]] = {}
     for i, split in enumerate(found):
         members.setdefault(split or "train", []).append(i)

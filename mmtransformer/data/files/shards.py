@@ -203,6 +203,8 @@ class Shards:
             cause = "several pictures" if plain else "no picture"
             self.report.error(cause, where, ", ".join(ending for ending, _, _ in plain))
             return None
+        for note, what in sample.notes:
+            self.report.note(note, where, what)
         captions: list[Caption] = []
         for kind in texts:
             for ending, found in sample.captions.items():

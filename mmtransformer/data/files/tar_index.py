@@ -23,7 +23,7 @@ from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption
 
 TEXTS = ("txt", "caption", "cap", "text", "json")
-_FORMAT = 2  # raise it when the meaning of the file changes
+_FORMAT = 3  # raise it when the meaning of the file changes
 _MAX_TEXT = 1 << 22  # bytes of a caption; more is none
 _MOST_INDEX = 1 << 30  # bytes
 _BLOCK = 512
@@ -41,12 +41,14 @@ class ShardSample(NamedTuple):
         images: (ending, offset, size) of each member that ends like a picture.
         captions: Ending ("txt", "ko.txt", "json") -> the captions in it.
         errors: What is wrong with its texts: (cause, what).
+        notes: What else is to be said of them: (note, what).
     """
 
     key: str
     images: list[tuple[str, int, int]]
     captions: dict[str, list[Caption]]
     errors: list[tuple[str, str]]
+    notes: list[tuple[str, str]]
 
 
 def read_index(shard: Path, cache_dir: Path | None = None) -> tuple[list[ShardSample], str]:
@@ -103,7 +105,7 @@ def _sample(row: Any, size: int) -> ShardSample:
     Raises:
         ValueError: If it says something that can't be.
     """
-    key, images, captions, errors = row
+    key, images, captions, errors, notes = row
     for ending, offset, length in images:
         if not (isinstance(ending, str) and 0 <= offset <= offset + length <= size):
             raise ValueError("a place outside the shard")
@@ -112,7 +114,8 @@ def _sample(row: Any, size: int) -> ShardSample:
         for ending, found in captions.items()
     }
     places = [(ending, int(offset), int(length)) for ending, offset, length in images]
-    return ShardSample(str(key), places, texts, [(str(cause), str(what)) for cause, what in errors])
+    said = ([(str(cause), str(what)) for cause, what in some] for some in (errors, notes))
+    return ShardSample(str(key), places, texts, *said)
 
 
 def _keep(path: Path, identity: dict[str, int], samples: list[ShardSample]) -> str:
@@ -159,14 +162,14 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
                 seen[key, ending] = info.offset
                 if (end := info.offset_data + info.size) > size:
                     raise ShardError(f"{shard}: cut short: {path} ends at byte {end:,}, the file has {size:,}")
-                sample = samples.setdefault(key, ShardSample(key, [], {}, []))
+                sample = samples.setdefault(key, ShardSample(key, [], {}, [], []))
                 if dot and f".{ending.rpartition('.')[2]}" in IMAGES:
                     sample.images.append((ending, info.offset_data, info.size))
                 elif ending.rpartition(".")[2] in TEXTS:
                     data = b""
                     if info.size <= _MAX_TEXT and (found := archive.extractfile(info)) is not None:
                         data = found.read()
-                    sample.captions[ending] = list(_texts(data, ending, path, sample.errors))
+                    sample.captions[ending] = list(_texts(data, ending, path, sample.errors, sample.notes))
             _check_end(shard, file, archive.offset)
     yield from samples.values()
 
@@ -192,7 +195,9 @@ def _path(shard: Path, info: tarfile.TarInfo) -> str:
     return path
 
 
-def _texts(data: bytes, ending: str, path: str, errors: list[tuple[str, str]]) -> Iterator[Caption]:
+def _texts(
+    data: bytes, ending: str, path: str, errors: list[tuple[str, str]], notes: list[tuple[str, str]]
+) -> Iterator[Caption]:
     """The captions in a member: one a line, or in a JSON object under "caption" or the like."""
     if ending.rpartition(".")[2] == "json":
         try:
@@ -203,14 +208,14 @@ def _texts(data: bytes, ending: str, path: str, errors: list[tuple[str, str]]) -
         if isinstance(value, dict):
             value = next((value[key] for key in ("captions", "caption", "text", "title") if key in value), None)
         if value is not None:
-            yield from read_captions(value, None, path, errors)
+            yield from read_captions(value, None, path, errors, notes)
         return
     language = ending.rpartition(".")[0]
     for line in lines(data):
         if line.text is None:
             errors.append(("not UTF-8", f"{path}:{line.number}: {line.hint}"))
         elif line.text.strip():
-            yield from read_captions(line.text, language if language in CODES else None, path, errors)
+            yield from read_captions(line.text, language if language in CODES else None, path, errors, notes)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,10 @@ SPLITS = {
 }  # fmt: skip
 
 
+CONTROLS = "control characters in texts, such as NUL, taken out"
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are no white space
+
+
 class Line(NamedTuple):
     """One line of a text file: its number from 1, and its text, or None where it isn't valid text."""
 
@@ -74,9 +78,20 @@ def normalize_text(text: str) -> str:
     """One line of composed Unicode without control characters, and single spaces."""
     text = text if text.isascii() else unicodedata.normalize("NFC", text.replace("\ufeff", " "))
     text = " ".join(text.split())
-    if text.isprintable():
-        return text
-    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cc").split())
+    return text if text.isprintable() else " ".join(without_controls(text).split())
+
+
+def without_controls(text: str) -> str:
+    """A text without control characters; white space stays."""
+    return _CONTROLS.sub("", text)
+
+
+def shown_controls(text: str) -> str | None:
+    """The part of a text around its first control character that is no white space, escapes written out; None if it has
+    none.
+    """
+    found = _CONTROLS.search(text)
+    return None if found is None else repr(text[max(found.start() - 30, 0) : found.start() + 30])
 
 
 def is_missing(text: str) -> bool:

@@ -24,7 +24,7 @@ _DEEP = 6  # levels of a JSON file that are looked through
 _Texts = dict[str, list[tuple[Entry, str | None]]]
 
 
-def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
+def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[ManifestRow]:
     """Pictures with a .txt, .caption or .json of the same name, in folders or archives.
 
     A picture that has none beside it takes the file of its name in another folder: images/001.jpg that of
@@ -32,16 +32,15 @@ def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
 
     Args:
         files: All files.
+        images_in: What pictures are looked for in: the same, or the folder or archive that the user names.
         wanted: Columns that the user named, for what is JSON.
     """
     texts: _Texts = {}
     records: _Texts = {}
-    images: list[Entry] = []
+    images = [entry for entry in images_in.entries if entry.path.lower().endswith(IMAGES)]
     for entry in files.entries:
         stem, _, suffix = nfc(entry.path).rpartition(".")
-        if f".{suffix.lower()}" in IMAGES:
-            images.append(entry)
-        elif suffix.lower() in ("txt", "caption", "json"):
+        if suffix.lower() in ("txt", "caption", "json"):
             kind = records if suffix.lower() == "json" else texts
             plain, _, code = stem.rpartition(".")
             kind.setdefault(stem, []).append((entry, None))
@@ -49,8 +48,8 @@ def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
                 kind.setdefault(plain, []).append((entry, code.lower()))
     beside = [_stem(image) for image in images]
     if lone := {stem for kind in (texts, records) for stem in kind} - {*beside}:  # their pictures may lack an ending
-        for entry in files.entries:
-            if (path := nfc(entry.path)) in lone and kind_of(files.read(entry)[:64]):
+        for entry in images_in.entries:
+            if (path := nfc(entry.path)) in lone and kind_of(images_in.read(entry)[:64]):
                 images.append(entry)
                 beside.append(path)
     elsewhere = _elsewhere([stem for stem in beside if stem not in texts], texts, {*beside})
@@ -59,11 +58,14 @@ def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
     used: set[str] = set()
     for image, stem in zip(images, beside, strict=True):
         found = texts.get(stem) or elsewhere.get(stem) or records.get(stem, [])
+        if not found and images_in is not files:  # a folder that is named may hold others' pictures too
+            yield ManifestRow(None, (), None, image.path, notes=(("pictures without a caption file, left out", ""),))
+            continue
         used.update(entry.path for entry, _ in found)
         notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in found[:1] if stem in elsewhere]
-        yield _row(files, image, found, notes, wanted)
+        yield _row(files, image, images_in.split_of(image), found, notes, wanted)
     unread = {
-        _stem(entry): entry.path for entry in files.entries if not entry.path.lower().endswith((*IMAGES, *_TEXTS))
+        _stem(entry): entry.path for entry in images_in.entries if not entry.path.lower().endswith((*IMAGES, *_TEXTS))
     }
     for stem, group in texts.items():
         for entry, _ in group:
@@ -80,7 +82,12 @@ def _stem(entry: Entry) -> str:
 
 
 def _row(
-    files: Files, image: Entry, texts: Sequence[tuple[Entry, str | None]], notes: list[tuple[str, str]], wanted: Wanted
+    files: Files,
+    image: Entry,
+    split: str | None,
+    texts: Sequence[tuple[Entry, str | None]],
+    notes: list[tuple[str, str]],
+    wanted: Wanted,
 ) -> ManifestRow:
     """A picture with what its files say."""
     errors: list[tuple[str, str]] = []
@@ -105,7 +112,6 @@ def _row(
                 captions += read_captions(line.text, language, f"{entry.path}:{line.number}", errors, notes)
     if not captions and not errors:
         errors.append(("empty caption", f"{texts[0][0].path} is empty") if texts else ("no caption file", ""))
-    split = files.split_of(image)
     return ManifestRow(image.path, tuple(captions), split, image.path, tuple(errors), tuple(notes), key=image)
 
 

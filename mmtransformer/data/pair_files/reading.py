@@ -69,7 +69,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     """
     files = Files(root, read.encoding)
     manifests = find_manifests(files, read.format, read.wanted)
-    images_in = files if read.image_folder is None or not manifests else Files(files.folder(read.image_folder))
+    images_in = files if read.image_folder is None else Files(files.folder(read.image_folder))
     reader = _Reader(images_in, read, progress)
     said = ["pictures with text files"]
     if manifests:
@@ -79,7 +79,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
             columns = reader.read(files, manifest)
             said = [f"{_title(manifest)} {listing}", *([str(columns)] if columns else [])]
     else:
-        reader.add(list(read_folder(files, read.wanted)), "", None)
+        reader.add(list(read_folder(files, images_in, read.wanted)), "", None)
         for path, reason in overlooked(files, (row.name for row in reader.found.values())):
             reader.report.note("a manifest that was not read", path, reason)
     reader.count_missing()

@@ -15,7 +15,7 @@ from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
 from mmtransformer.data.files.read_options import TextReadOptions, check_share
-from mmtransformer.data.files.text import lines, normalize_text
+from mmtransformer.data.files.text import lines, normalize_text, without_controls
 from mmtransformer.data.formats.manifests import find_manifests
 from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report
@@ -189,7 +189,7 @@ class TextFiles:
         if self.read.unit == "line":
             texts = map(normalize_text, kept)
         else:
-            whole = unicodedata.normalize("NFC", "\n".join(line.rstrip() for line in kept)).strip()
+            whole = unicodedata.normalize("NFC", "\n".join(without_controls(line).rstrip() for line in kept)).strip()
             texts = [whole] if self.read.unit == "file" else map(str.strip, _paragraphs(whole))
         yield from (_Group(text, [Caption(text)], None) for text in texts if text)
 

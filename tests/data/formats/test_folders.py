@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmtransformer.data.check import check
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.formats.folders import PARALLEL
 from mmtransformer.data.pairs import PairFiles
 from support.pair_files import draw, pack, png
@@ -127,3 +128,20 @@ def test_files_that_are_not_read_are_mentioned(name: str, tmp_path: Path) -> Non
     (said,) = PairFiles(tmp_path, max_bad_fraction=1).report.first["a manifest that was not read"]
     assert said.startswith(f"{name}: {Path(name).suffix} is not read")
     assert "save them as CSV, JSON or .xlsx" in said
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_the_pictures_of_text_files_may_lie_in_a_folder_that_is_named(archive: bool, tmp_path: Path) -> None:
+    write(tmp_path, "사진/", "texts/")
+    draw(tmp_path, ["사진/900.png"])
+    photos = tmp_path / "사진"
+    if archive:
+        photos = pack(tmp_path / "photos.zip", {path.name: path.read_bytes() for path in photos.iterdir()})
+    alone = check(tmp_path / "texts", progress=False)
+    assert (alone.findings[0].what, alone.findings[0].count) == ("missing picture", len(IDS))
+    assert "--image-folder FOLDER (data.read.image_folder)" in alone.findings[0].remedy  # which works:
+    source = PairFiles(tmp_path / "texts", ReadOptions(image_folder=str(photos)), max_bad_fraction=0)
+    assert captions(source) == {f"{i}.png": [f"a dog {i}"] for i in IDS}
+    assert source.report.notes == {"pictures without a caption file, left out": 1}
+    (tmp_path / "texts/007.txt").write_text("a dog")
+    assert PairFiles(tmp_path / "texts", ReadOptions(image_folder=str(photos))).report.errors == {"missing picture": 1}

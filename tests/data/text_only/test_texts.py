@@ -323,7 +323,7 @@ def test_few_texts_fill_both_splits(tmp_path: Path) -> None:
     ],
 )
 def test_plain_text_by_line_paragraph_and_file(tmp_path: Path, unit: str, texts: list[str]) -> None:
-    (tmp_path / "story.txt").write_text("Once upon  \na time .\n \n\nThe end .\n\n", "utf-8")
+    (tmp_path / "story.txt").write_text("Once up\0on  \na time .\n \n\nThe end .\n\n", "utf-8")
     (tmp_path / "picture.png").write_bytes(b"no text")
     files = TextFiles([str(tmp_path)], TextReadOptions(unit=unit, val_fraction=0))  # type: ignore[arg-type]
     found = [text.text for text in files.split("train")]
