@@ -19,7 +19,7 @@ import run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from work import Rates, Work, work_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from mmtransformer.layers.kernels import Bfloat16Hardware, emulated  # noqa: E402
-from mmtransformer.layers.weight_packing import pack_weights  # noqa: E402
+from mmtransformer.layers.weight_prepacking import prepack_weights  # noqa: E402
 
 
 def network() -> nn.Sequential:
@@ -28,16 +28,16 @@ def network() -> nn.Sequential:
 
 def test_products_are_counted_by_number_format_packed_or_not() -> None:
     x, asked = torch.randn(5, 24), 2.0 * 5 * 24 * 40 * 2
-    slow = emulated(x.bfloat16())  # A CPU without kernels for bfloat16 packs and multiplies in float32.
+    slow = emulated(x.bfloat16())  # A CPU without kernels for bfloat16 prepacks and multiplies in float32.
     with torch.inference_mode():
         for model, rows, kind, size in (
             (network(), x, "fp32", 4),
             (network().bfloat16(), x.bfloat16(), "bf16", 2),
-            (pack_weights(network()), x, "fp32", 4),
-            (pack_weights(network().bfloat16()), x.bfloat16(), *(("fp32", 4) if slow else ("bf16", 2))),
-            (pack_weights(network(), int8=True), x, "int8", 1),
+            (prepack_weights(network()), x, "fp32", 4),
+            (prepack_weights(network().bfloat16()), x.bfloat16(), *(("fp32", 4) if slow else ("bf16", 2))),
+            (prepack_weights(network(), int8=True), x, "int8", 1),
         ):
-            model(rows)  # packs
+            model(rows)  # prepacks
             found = work_of(lambda model=model, rows=rows: [model(rows), model(rows)])
             assert found == Work({kind: 2 * asked}, 2 * 2 * 24 * 40 * size, 2 * 24 * 40 * size)
     q = torch.randn(1, 2, 7, 8)

@@ -51,7 +51,7 @@ def run(name: str, words: Sequence[str]) -> int:
     heat = None
     if len(devices) == 1 and todo:
         model, prompt_builder = _start(args, devices[0])
-        model.ready(pack=len(images) > 1)  # packed weights pay from the second picture on
+        model.ready(prepack=len(images) > 1)  # prepacked weights pay from the second picture on
         results = job.here(model, prompt_builder, todo)
         heat = _Heatmaps(model, prompt_builder, Path(args.heatmap)) if args.heatmap else None
     else:

@@ -38,7 +38,7 @@ class RestrictedLMHead(Linear):
         self.weight, self.bias, self.training = head.weight, head.bias, head.training
         self.register_buffer("allowed_token_ids", torch.tensor(ids, device=head.weight.device), persistent=False)
         self.layer: type[nn.Linear] | None = None
-        """What the allowed rows are packed as, see `weight_packing.pack_weights`."""
+        """What the allowed rows are prepacked as, see `weight_prepacking.prepack_weights`."""
         self._rows: tuple[tuple[Any, ...], nn.Linear] | None = None
 
     def forward(self, input: Tensor) -> Tensor:

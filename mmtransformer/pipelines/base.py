@@ -15,7 +15,7 @@ from torch import nn
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.kernels import bfloat16_hardware
-from mmtransformer.layers.weight_packing import PackedLinear, Precision, int8_pays
+from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import fenced, json_text, markup
@@ -45,14 +45,14 @@ class Pipeline(Generic[M]):
         """Moves the model, as `nn.Module.to`.
 
         Raises:
-            ValueError: If there is no such device, or weights are of 8 bits or packed for another kind, as they are on
-                a CPU: an `ImageCaptioner`'s from its first picture on, others' from their loading on.
+            ValueError: If there is no such device, or weights are of 8 bits or prepacked for another kind, as they are
+                on a CPU: an `ImageCaptioner`'s from its first picture on, others' from their loading on.
         """
         found = pick_device(device)
-        packed = self.precision == "int8" or any(isinstance(part, PackedLinear) for part in self.model.modules())
-        if found.type != self.device.type and packed:
+        prepacked = self.precision == "int8" or any(isinstance(part, PrepackedLinear) for part in self.model.modules())
+        if found.type != self.device.type and prepacked:
             raise ValueError(
-                f"the weights are packed for {self.device}, so they cannot go to {found}; load the model there: "
+                f"the weights are prepacked for {self.device}, so they cannot go to {found}; load the model there: "
                 f'from_pretrained(..., device="{found}")'
             )
         self.model.to(found)

@@ -8,7 +8,7 @@ import torch
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform, load
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
@@ -105,7 +105,7 @@ class ImageClassifier(Pipeline[ViT]):
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
-        On a CPU its linear weights are packed (`weight_packing.for_inference`).
+        On a CPU its linear weights are prepacked (`weight_prepacking.for_inference`).
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.

@@ -21,7 +21,7 @@ from mmtransformer.generation.captions import (
 )
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform, load
-from mmtransformer.layers.weight_packing import Precision, for_inference
+from mmtransformer.layers.weight_prepacking import Precision, for_inference
 from mmtransformer.pipelines.base import (
     GENERATION,
     PREPROCESSOR,
@@ -55,7 +55,7 @@ _READY = threading.Lock()
 class ImageCaptioner(Pipeline[Captioner]):
     """Captions pictures with a trained model.
 
-    With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are packed.
+    With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are prepacked.
 
     Args:
         model: The model.
@@ -153,20 +153,20 @@ class ImageCaptioner(Pipeline[Captioner]):
             processor=processor,
         )
 
-    def ready(self, *, pack: bool = True) -> Captioner:
-        """The model as it captions: in its precision, and packed on a CPU (`weight_packing.for_inference`), in place.
+    def ready(self, *, prepack: bool = True) -> Captioner:
+        """The model as it captions: in its precision, prepacked on a CPU (`weight_prepacking.for_inference`), in place.
 
         From the first picture on, what `save_pretrained` writes is in its precision.
 
         Args:
-            pack: See `for_inference`; said by the first call.
+            prepack: See `for_inference`; said by the first call.
 
         Raises:
             ValueError: If it cannot be had in this precision here.
         """
         with _READY:  # threads may caption side by side
             if not self._ready:
-                for_inference(self.model, self.precision, pack=pack)
+                for_inference(self.model, self.precision, prepack=prepack)
                 self._ready = True
         return self.model
 

@@ -16,7 +16,7 @@ from mmtransformer.backbones.towers.padded import pad_images
 from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.linear import upcast_products
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
@@ -284,8 +284,8 @@ class ImageTextEmbedder(Pipeline[CLIP]):
             name_or_folder: What `save_pretrained` wrote, or a public model: one of transformers' that `load_clip`
                 knows (CLIP, MetaCLIP 2, SigLIP, SigLIP 2, Chinese-CLIP, AltCLIP and others), or one of open_clip, with
                 its tokenizer.json.
-            dtype: What its weights are kept in, and computed with; on a CPU float32 linear weights are packed
-                (`weight_packing.for_inference`).
+            dtype: What its weights are kept in, and computed with; on a CPU float32 linear weights are prepacked
+                (`weight_prepacking.for_inference`).
             device: Where to compute; a GPU if there is one.
             revision: A branch, tag or commit of the hub's repository.
             token: Of an account on the hub.

@@ -12,7 +12,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     GENERATION,
     Pipeline,
@@ -144,7 +144,7 @@ class Translator(Pipeline[Transformer]):
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
-        On a CPU its linear weights are packed (`weight_packing.for_inference`).
+        On a CPU its linear weights are prepacked (`weight_prepacking.for_inference`).
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mmtransformer import CaptionBatch, Captioner, Llava, TiledBatch, generate
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.weights import load_blip2, load_idefics, load_idefics3, load_llava, load_paligemma
 
 IMAGE, NEW, SIZE, WORDS, QUERIES = 31999, 20, (300, 500), 20, 32

@@ -24,7 +24,7 @@ from peer_flamingo import PATCHES, VISUAL, PeerFlamingo, ours_of
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, Flamingo, caption_loss, generate
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 
 NEW = 20
 
@@ -157,7 +157,7 @@ def main() -> None:
     with torch.no_grad():  # Louder branches, so that rounding decides no token.
         for parameter in peer.lm.transformer.h.parameters():
             parameter.mul_(3)
-    ours = pack_weights(ours_of(peer).eval())
+    ours = prepack_weights(ours_of(peer).eval())
     for rows, beams in ((1, 1), (8, 1), (1, 5), (8, 5)):
         name, batch = f"generate, {beams} beams, pictures: {rows}", prompts(rows)
         if args.only in name:
@@ -165,7 +165,7 @@ def main() -> None:
             same = our_ids(ours, batch, beams) == peer.generate(batch.tokens, visual, NEW, beams).tolist()
             print(f"{name}: {'the same ids' if same else 'OTHER IDS'}")
             compare(
-                f"{name}, fp32, packed",
+                f"{name}, fp32, prepacked",
                 lambda batch=batch, beams=beams: our_ids(ours, batch, beams),
                 lambda batch=batch, visual=visual, beams=beams: peer.generate(batch.tokens, visual, NEW, beams),
                 target=3.0,

@@ -17,7 +17,7 @@ from peer import VOCAB, caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, VisionEncoderDecoder, generate
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 
 BEAMS, NEW = 5, 20
 
@@ -69,7 +69,7 @@ def main() -> None:
             parameter.mul_(3)
     peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = VOCAB - 1
     ours = make_ours(peer).eval()
-    ours = pack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
+    ours = prepack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows in (1, 8):
         name, batch = f"{BEAMS} beams, {NEW} tokens, pictures: {rows}", prompts(rows)
         if args.only in name:
@@ -77,7 +77,7 @@ def main() -> None:
             own = replace(batch, pixels=batch.pixels.to(next(ours.parameters()).dtype))
             print(f"{name}: {agreement(ours_ids(ours, own), peer_ids(peer, batch))}")
             compare(
-                f"{name}, {args.weights}, packed",
+                f"{name}, {args.weights}, prepacked",
                 lambda batch=own: ours_ids(ours, batch),
                 lambda batch=batch: peer_ids(peer, batch),
                 pairs=args.pairs,

@@ -15,7 +15,7 @@ from harness import agreement, compare, start
 from torch import Tensor
 
 from mmtransformer import CaptionBatch, generate
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 from mmtransformer.weights import lm_from_transformers
 
 PROMPT, NEW, VOCAB = 16, 64, 50257
@@ -54,13 +54,14 @@ def main() -> None:
     peer = make_peer()
     ours = lm_from_transformers(peer)
     peer = peer.bfloat16() if args.peer == "bf16" else peer
-    ours = pack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
+    ours = prepack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows, target in TARGETS[args.weights].items():
         name, tokens = f"greedy, {NEW} tokens, rows: {rows}", torch.randint(0, VOCAB - 1, (rows, PROMPT))
         if args.only in name:
             print(f"{name}: {agreement(ours_ids(ours, tokens), peer_ids(peer, tokens))}")
             compare(
-                f"{name}, {args.weights}, packed" + (", the peer too" if args.peer == args.weights != "fp32" else ""),
+                f"{name}, {args.weights}, prepacked"
+                + (", the peer too" if args.peer == args.weights != "fp32" else ""),
                 lambda tokens=tokens: ours_ids(ours, tokens),
                 lambda tokens=tokens: peer_ids(peer, tokens),
                 pairs=args.pairs,

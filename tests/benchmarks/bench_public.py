@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mmtransformer import CaptionBatch, Captioner, GenerationConfig, generate
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import resolve_precision
 from mmtransformer.weights import from_blip, from_vision_encoder_decoder
 from mmtransformer.weights.captioners.git import git_from_state

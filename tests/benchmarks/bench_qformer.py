@@ -28,7 +28,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QForme
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors import qformer as qformer_module
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.parts.qformer import BLIP2, qformer_keys
 from mmtransformer.weights.shared.dtype import cast_frozen
@@ -139,8 +139,8 @@ def bench_qformer(args: Any, dropout: float) -> None:
                 compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=asked,
                         gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
                 if dtype == torch.float32:
-                    packed = pack_weights(copy.deepcopy(ours))
-                    compare(f"{line}, packed", lambda f=forward, p=packed: f(partial(mine, model=p)),
+                    prepacked = prepack_weights(copy.deepcopy(ours))
+                    compare(f"{line}, prepacked", lambda f=forward, p=prepacked: f(partial(mine, model=p)),
                             lambda f=forward: f(theirs), target=1.0, flops=asked, gemm=args.gemm[dtype],
                             pairs=args.pairs)  # fmt: skip
             line = f"Q-Former, {what}, training, {name}" + (f", dropout {dropout}" if dropout else "")
@@ -231,7 +231,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
                 p for part in louder for name, p in part.named_parameters() if "norm" not in name.lower()
             ):
                 parameter.mul_(3)
-    pack_weights(ours)
+    prepack_weights(ours)
     torch.set_float32_matmul_precision("highest")
     for rows in (1, 8):
         full = captions(rows)
@@ -253,7 +253,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
         line = f"{BEAMS} beams, {NEW} tokens, pictures: {rows}"
         if args.only in line:
             print(f"{line}: {'the same ids' if mine() == theirs() else 'OTHER IDS'}")
-            compare(f"{line}, fp32, packed", mine, theirs, target=2.0, pairs=args.pairs, unit=(rows * NEW, "tokens"))
+            compare(f"{line}, fp32, prepacked", mine, theirs, target=2.0, pairs=args.pairs, unit=(rows * NEW, "tokens"))
 
 
 # --------------------------------------------------------------------------------------------------------- stage 1
@@ -327,7 +327,7 @@ def main() -> None:
         for kind in ("", ", cached features")
         for how in ("", FROZEN_HALF, SAME)
     )
-    writes = any(args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, packed" for rows in (1, 8))
+    writes = any(args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, prepacked" for rows in (1, 8))
     if trains or writes:
         ours, peer = stage2()
         if trains:

@@ -30,7 +30,7 @@ from mmtransformer import ImageIndex, ImageTransform, ViT
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import load
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.search.nearest import nearest
 from mmtransformer.weights import clip_from_transformers, from_timm
 
@@ -43,7 +43,7 @@ DEIT_COLOURS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.
 
 
 class Tower:
-    """What `ImageIndex` asks of an `ImageTextEmbedder`, of the vision tower alone; packed like it."""
+    """What `ImageIndex` asks of an `ImageTextEmbedder`, of the vision tower alone; prepacked like it."""
 
     def __init__(self, model: nn.Module, encode: Callable[[Tensor], Tensor], transform: ImageTransform) -> None:
         self.model, self.encode, self.transform = for_inference(model.eval()), encode, transform

@@ -1,7 +1,7 @@
 """What surrounds a public captioner, BLIP-base's shape with random weights against transformers: loading, memory, LoRA.
 
 - load: from a folder of safetensors (0.99 GB in float32), CPU time, and the most memory that no file backs, above what
-  there was before, each side in a process of its own, once and after a caption too (ours packs its weights with it).
+  there was before, each side in a process of its own, once and after a caption too (ours prepacks its weights with it).
 - LoRA: a training step of `recipes/finetune_hub.yaml` (rank 16 beside queries and values of both towers, AdamW) in
   float32 on both sides; the peer is peft's, beside BLIP's fused queries, keys and values in the vision tower.
 
@@ -25,7 +25,7 @@ from transformers import BlipForConditionalGeneration
 from transformers.utils import logging
 
 from mmtransformer import CaptionBatch, caption_loss
-from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.training.tasks.tuning import Tuning
 from mmtransformer.weights import from_blip, load_blip
 

@@ -1,4 +1,4 @@
-"""ViT against timm's, on the same weights: training steps, and inference with linear weights packed once.
+"""ViT against timm's, on the same weights: training steps, and inference with linear weights prepacked once.
 
 python tests/benchmarks/bench_vit.py [--threads N] [--pairs N] [--only NAME]
 """
@@ -12,7 +12,7 @@ from harness import compare, start
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 from mmtransformer.weights import from_timm
 
 
@@ -66,8 +66,8 @@ def main() -> None:
         else:
             ours, theirs, pixels = ours.eval().to(dtype), theirs.eval().to(dtype), pixels.to(dtype)
             flops = flops_of(inference(ours, pixels))
-            if "packed" in name:
-                pack_weights(ours)
+            if "prepacked" in name:
+                prepack_weights(ours)
             mine, peer = inference(ours, pixels), inference(theirs, pixels)
         compare(
             name,
@@ -83,10 +83,10 @@ def main() -> None:
     ti, b = "vit_tiny_patch16_224", "vit_base_patch16_224"
     line("train Ti/16 bf16, batch 32", ti, 32, bf16, 1.35)
     line("train Ti/16 fp32, batch 32", ti, 32, torch.float32, None)
-    line("inference Ti/16 fp32, batch 1, packed", ti, 1, torch.float32, 1.3)
-    line("inference Ti/16 fp32, batch 8, packed", ti, 8, torch.float32, 1.3)
-    line("inference Ti/16 bf16, batch 1, packed", ti, 1, bf16, 1.3)
-    line("inference Ti/16 bf16, batch 8, packed", ti, 8, bf16, 1.3)
+    line("inference Ti/16 fp32, batch 1, prepacked", ti, 1, torch.float32, 1.3)
+    line("inference Ti/16 fp32, batch 8, prepacked", ti, 8, torch.float32, 1.3)
+    line("inference Ti/16 bf16, batch 1, prepacked", ti, 1, bf16, 1.3)
+    line("inference Ti/16 bf16, batch 8, prepacked", ti, 8, bf16, 1.3)
     line("inference Ti/16 fp32, batch 8, as it is", ti, 8, torch.float32, None)
     line("inference Ti/16 bf16, batch 8, as it is", ti, 8, bf16, None)
     line("train B/16 bf16, batch 8, compiled", b, 8, bf16, 1.15, compiled=True)

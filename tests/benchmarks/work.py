@@ -1,6 +1,6 @@
 """What a call takes at least on this machine: its matrix products at the best rate there is, its reading of weights.
 
-Counted are the matrix products that are really made, by number format, packed and 8-bit ones too, and the bytes of the
+Counted are the matrix products that are made, by number format, prepacked and 8-bit ones too, and the bytes of the
 larger factor of each. A compiled function hides its products.
 """
 
@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mmtransformer.layers.kernels import bfloat16_hardware
-from mmtransformer.layers.weight_packing import pack_weights
+from mmtransformer.layers.weight_prepacking import prepack_weights
 
 _SIDE = 1536
-_PACKED = {torch.ops.mkldnn._linear_pointwise.default: 1, torch.ops.onednn.qlinear_pointwise.default: 3}
+_PREPACKED = {torch.ops.mkldnn._linear_pointwise.default: 1, torch.ops.onednn.qlinear_pointwise.default: 3}
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp32"}
 
 
@@ -64,13 +64,13 @@ class _Counter(TorchDispatchMode):
         self.reads, self.weights = 0.0, {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PACKED and func.overloadpacket not in flop_registry:
+        if func not in _PREPACKED and func.overloadpacket not in flop_registry:
             with self:  # In inference mode, where linear() comes whole.
                 out = func.decompose(*args, **(kwargs or {}))
             if out is not NotImplemented:
                 return out
         out = func(*args, **(kwargs or {}))
-        if (at := _PACKED.get(func)) is not None:
+        if (at := _PREPACKED.get(func)) is not None:
             x, weight = args[0], args[at if at == 1 else 3]
             kind = _PLAIN[x.dtype] if at == 1 else "int8"
             self._add(kind, 2.0 * x.numel() * out.shape[-1], weight)
@@ -86,7 +86,7 @@ class _Counter(TorchDispatchMode):
         size = factor.numel() * factor.element_size()
         self.flops[kind] = self.flops.get(kind, 0.0) + flops
         self.reads += size
-        # A packed weight has no address of its own; its object lives as long as the model.
+        # A prepacked weight has no address of its own; its object lives as long as the model.
         self.weights[id(factor) if factor.is_mkldnn else factor.data_ptr()] = size
 
 
@@ -102,7 +102,7 @@ def rates(device: str = "cpu") -> Rates:
     a, b = torch.randn(2, _SIDE, _SIDE, device=device)
     half = a.bfloat16(), b.bfloat16()
     found = {"fp32": _rate(lambda: torch.mm(a, b)), "bf16": 0.0}
-    if bfloat16_hardware(device).fast:  # Elsewhere it takes minutes; packed it is made in float32.
+    if bfloat16_hardware(device).fast:  # Elsewhere it takes minutes; prepacked it is made in float32.
         found["bf16"] = _rate(lambda: torch.mm(*half))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -112,7 +112,7 @@ def rates(device: str = "cpu") -> Rates:
     if device == "cpu" and torch.backends.mkldnn.is_available():
         with torch.inference_mode():
             for kind, x in (("fp32", a), ("bf16", half[0]), ("int8", a)):
-                layer = pack_weights(nn.Sequential(nn.Linear(_SIDE, _SIDE, dtype=x.dtype)), int8=kind == "int8")
+                layer = prepack_weights(nn.Sequential(nn.Linear(_SIDE, _SIDE, dtype=x.dtype)), int8=kind == "int8")
                 found[kind] = max(found[kind], _rate(lambda layer=layer, x=x: layer(x)))
         found["medium"] = max(found["medium"], found["fp32"])
     large, thin = torch.randn(8192, 8192, device=device), torch.randn(8192, device=device)

@@ -312,7 +312,7 @@ def test_heat_maps_beside_captions_in_threads(model: str, photos: Path) -> None:
     must: dict[str, Any] = {"force_words": ("star",), "max_new_tokens": 12}
     said = [row[0] for row in captioner(ALL, **must)]
     want = [captioner.heatmap(name, caption) for name, caption in zip(ALL, said, strict=True)]
-    fresh = ImageCaptioner.from_pretrained(model, device="cpu")  # packed by whichever comes first
+    fresh = ImageCaptioner.from_pretrained(model, device="cpu")  # prepacked by whichever comes first
 
     def work(turn: int) -> bool:
         i = turn % 7

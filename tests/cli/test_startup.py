@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
-from mmtransformer.layers.weight_packing import PackedLinear, Precision, for_inference
+from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, for_inference
 from mmtransformer.pipelines import image_captioner
 from support.cli import mmt
 
@@ -53,15 +53,15 @@ def test_captioning_imports_nothing_that_it_does_not_use(model: Path, photo: Pat
     assert len(more) < 160  # 139 when this was written, 698 before
 
 
-def test_one_image_is_captioned_without_packing_and_two_with_it(
+def test_one_image_is_captioned_without_prepacking_and_two_with_it(
     model: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[bool] = []
     real = image_captioner.for_inference
 
-    def noted(captioner: torch.nn.Module, precision: Precision, *, pack: bool = True) -> torch.nn.Module:
-        real(captioner, precision, pack=pack)
-        made.append(any(isinstance(module, PackedLinear) for module in captioner.modules()))
+    def noted(captioner: torch.nn.Module, precision: Precision, *, prepack: bool = True) -> torch.nn.Module:
+        real(captioner, precision, prepack=prepack)
+        made.append(any(isinstance(module, PrepackedLinear) for module in captioner.modules()))
         return captioner
 
     monkeypatch.setattr(image_captioner, "for_inference", noted)
@@ -77,8 +77,8 @@ def test_one_image_is_captioned_without_packing_and_two_with_it(
     assert (code, made[2]) == (0, True)
 
 
-def test_packing_is_what_it_was_where_nothing_is_said() -> None:
-    packed = for_inference(torch.nn.Sequential(torch.nn.Linear(4, 4)))
-    assert isinstance(packed[0], PackedLinear)
-    plain = for_inference(torch.nn.Sequential(torch.nn.Linear(4, 4)), pack=False)
-    assert not isinstance(plain[0], PackedLinear)
+def test_prepacking_is_what_it_was_where_nothing_is_said() -> None:
+    prepacked = for_inference(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    assert isinstance(prepacked[0], PrepackedLinear)
+    plain = for_inference(torch.nn.Sequential(torch.nn.Linear(4, 4)), prepack=False)
+    assert not isinstance(plain[0], PrepackedLinear)

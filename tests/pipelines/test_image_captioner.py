@@ -137,11 +137,11 @@ def test_a_pipeline_moves_as_a_module_does_until_its_weights_are_packed() -> Non
     want = model(images()[1])
     assert model.to("cpu") is model
     assert model(images()[1]) == want
-    with pytest.raises(ValueError, match="packed for cpu, so they cannot go to meta; load the model there"):
+    with pytest.raises(ValueError, match="prepacked for cpu, so they cannot go to meta; load the model there"):
         model.to("meta")
     eight = captioner()
     eight.precision = "int8"
-    with pytest.raises(ValueError, match="packed for cpu"):
+    with pytest.raises(ValueError, match="prepacked for cpu"):
         eight.to("meta")
     moved = captioner().to("meta")
     assert moved.device.type == "meta"
@@ -188,7 +188,7 @@ CAPTION, FILES, STEP = 96, 24, 26
 
 def test_a_caption_is_followed_through_few_functions() -> None:
     model = captioner()
-    model(images()[0])  # warm: the first one packs weights
+    model(images()[0])  # warm: the first one prepacks weights
     functions, files = followed(lambda: model(images()[0]))
     assert len(functions) <= CAPTION, sorted(functions)
     assert len(files) <= FILES, sorted(files)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.layers import kernels, weight_packing
-from mmtransformer.layers.weight_packing import Int8Linear
+from mmtransformer.layers import kernels, weight_prepacking
+from mmtransformer.layers.weight_prepacking import Int8Linear
 from mmtransformer.pipelines.base import resolve_precision
 from support.cli import mmt
 from support.hub import folder
@@ -65,7 +65,7 @@ def test_auto_is_8_bits_for_a_language_model_larger_than_the_cache(
     base, image = folder(tmp_path / "base", "git"), tmp_path / "x.png"
     pictures()[0].save(image)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True}, raising=False)
-    monkeypatch.setattr(weight_packing, "_last_cache", lambda: 1000)
+    monkeypatch.setattr(weight_prepacking, "_last_cache", lambda: 1000)
     model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
     assert capsys.readouterr().err.endswith("precision: int8 on cpu, whose cache is smaller than the language model\n")
     assert model(image, max_new_tokens=3)

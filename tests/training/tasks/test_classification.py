@@ -276,7 +276,7 @@ def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "model", card="all of it")
     again = ImageClassifier.from_pretrained(tmp_path / "model", device="cpu")
     assert (again.classes, again.transform) == (tuple(COLOURS), ImageTransform(32))
-    for ours, theirs in zip(again(images, top_k=2), classifier(images, top_k=2), strict=True):  # It packs its weights.
+    for ours, theirs in zip(again(images, top_k=2), classifier(images, top_k=2), strict=True):  # prepacks.
         assert ours == [(name, pytest.approx(share, rel=1e-5)) for name, share in theirs]
     assert "all of it" in (tmp_path / "model" / "README.md").read_text("utf-8")
     with pytest.raises(ValueError, match="tells 3 classes apart, but there are 2 names"):

@@ -1,6 +1,6 @@
-"""pack_weights(): linear weights laid out once for oneDNN, for inference on a CPU.
+"""prepack_weights(): linear weights laid out once for oneDNN, for inference on a CPU.
 
-Measured on a Zen 5 core with torch 2.15, 1576 tokens of width 192 to 768: 8.4 ms plain, 1.8 ms packed in float32
+Measured on a Zen 5 core with torch 2.15, 1576 tokens of width 192 to 768: 8.4 ms plain, 1.8 ms prepacked in float32
 (there torch's own float32 product is MKL's, which runs such a CPU at half its rate); 0.94 and 0.90 ms in bfloat16.
 """
 
@@ -28,15 +28,15 @@ Precision = Literal["fp32", "bf16", "int8"]
 
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 _INT8_MOST = 1_000_000_000
-_SHARE = 0.25  # Of the machine's memory, that packed copies of weights may take without being asked for.
+_SHARE = 0.25  # Of the machine's memory, that prepacked copies of weights may take without being asked for.
 _ANY = range(1, sys.maxsize)
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
-class PackedLinear(Linear):
-    """A linear layer over another's weight and bias, which keeps a second, packed copy of the weight.
+class PrepackedLinear(Linear):
+    """A linear layer over another's weight and bias, which keeps a second, prepacked copy of the weight.
 
-    The packed copy is made when it is first needed, and again after the weight has changed. It serves where no
+    The prepacked copy is made when it is first needed, and again after the weight has changed. It serves where no
     gradient is asked for, on the CPU, in the weight's own dtype; everywhere else this is a plain linear layer. Of
     numbers that are `emulated` the copy is in float32.
 
@@ -51,45 +51,46 @@ class PackedLinear(Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        self._packed: _Kept = {}
+        self._prepacked: _Kept = {}
 
     def forward(self, input: Tensor) -> Tensor:
         """(... in_features) -> (... out_features)."""
-        packed = packed_weight(self._packed, input, self)
-        if packed is not None:
-            return self.product(input, packed, self.bias)
+        prepacked = prepacked_weight(self._prepacked, input, self)
+        if prepacked is not None:
+            return self.product(input, prepacked, self.bias)
         return super().forward(input)
 
     @staticmethod
-    def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
-        """What a packed weight makes of tokens: (... in_features) -> (... out_features); `act` is one of `_FUSED`."""
+    def product(x: Tensor, prepacked: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
+        """A prepacked weight by tokens: (... in_features) -> (... out_features); `act` is one of `_FUSED`."""
         if x.dtype in HALVES and emulated(x):
-            return PackedLinear.product(x.float(), packed, None if bias is None else bias.float(), act).to(x.dtype)
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, act[0], [], act[1])
+            bias = None if bias is None else bias.float()
+            return PrepackedLinear.product(x.float(), prepacked, bias, act).to(x.dtype)
+        return torch.ops.mkldnn._linear_pointwise.default(x, prepacked, bias, act[0], [], act[1])
 
     @staticmethod
-    def pack(weight: Tensor) -> Any:
+    def prepack(weight: Tensor) -> Any:
         """A weight (out_features in_features) as `product` takes it."""
         return torch.ops.mkldnn._reorder_linear_weight(weight.float() if emulated(weight) else weight, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}}
+        return self.__dict__ | {"_prepacked": {}}
 
 
 _Kept = dict[int, tuple[list, list[weakref.ref], Any]]
-"""By the number of layers: which weights were packed, as what they were, and what came of it."""
+"""By the number of layers: which weights were prepacked, as what they were, and what came of it."""
 
 
-def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
-    """The weights of layers that all read the tokens x, packed as one; None where they cannot be, or cannot serve x.
+def prepacked_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
+    """The weights of layers that all read the tokens x, prepacked as one; None where they cannot be, or cannot serve x.
 
-    Weights that were loaded, moved or trained since they were packed are packed again. What nobody can tell is a change
-    through `.data`, or of weights made in inference mode: pack anew after it.
+    Weights that were loaded, moved or trained since are prepacked again. What nobody can tell is a change through
+    `.data`, or of weights made in inference mode: prepack anew after it.
 
     Args:
-        kept: what was packed before; what is packed now is put into it.
+        kept: what was prepacked before; what is prepacked now is put into it.
         x: tokens (... in_features).
-        layers: linear layers of `in_features`, packed or not.
+        layers: linear layers of `in_features`, prepacked or not.
     """
     kind = type(layers[0])
     if (
@@ -98,9 +99,9 @@ def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
         or torch.is_autocast_enabled("cpu")
         or not x.is_cpu
         or not x.numel()
-        or not issubclass(kind, PackedLinear)
+        or not issubclass(kind, PrepackedLinear)
         or x.dtype not in kind.dtypes
-        or (kind is PackedLinear and x.numel() // x.shape[-1] not in _rows())
+        or (kind is PrepackedLinear and x.numel() // x.shape[-1] not in _rows())
     ):
         return None
     weights: list[Tensor] = []
@@ -113,24 +114,24 @@ def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
     found = kept.get(len(layers))
     if found is None or found[0] != state or any(ref() is not w for ref, w in zip(found[1], weights, strict=True)):
         with torch.no_grad():
-            packed = kind.pack(torch.cat(weights) if len(weights) > 1 else weights[0].detach())
-        kept[len(layers)] = found = state, [weakref.ref(w) for w in weights], packed
+            prepacked = kind.prepack(torch.cat(weights) if len(weights) > 1 else weights[0].detach())
+        kept[len(layers)] = found = state, [weakref.ref(w) for w in weights], prepacked
     return found[2]
 
 
 @cache
 def _rows() -> range:
-    """For how many rows of tokens a packed product is no slower than torch's own: any number, but without AVX-512.
+    """For how many rows of tokens a prepacked product is no slower than torch's own: any number, but without AVX-512.
 
-    On Zen 3, 768 by 3072 and back, oneDNN's packed product took 0.65 of MKL's time for 4 rows, 0.9 for 64, 1.06 for 256
-    and 1.48 for 577; decoding a row of BLIP-base 1.16. A GELU made with it took 8.9 ns a number, by itself 2.8.
+    On Zen 3, 768 by 3072 and back, oneDNN's prepacked product took 0.65 of MKL's time for 4 rows, 0.9 for 64, 1.06 for
+    256 and 1.48 for 577; decoding a row of BLIP-base 1.16. A GELU made with it took 8.9 ns a number, by itself 2.8.
     """
     kinds: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())  # older ones of torch don't tell
     return range(2, 193) if kinds.get("avx2") and not kinds.get("avx512_f") else _ANY
 
 
-class Int8Linear(PackedLinear):
-    """A `PackedLinear` whose packed copy has 8 bits a weight, with a scale for each output.
+class Int8Linear(PrepackedLinear):
+    """A `PrepackedLinear` whose prepacked copy has 8 bits a weight, with a scale for each output.
 
     What comes in is rounded to 8 bits too, each row by a scale of its own, so that no row depends on those beside it.
     Serves float32 only.
@@ -139,8 +140,8 @@ class Int8Linear(PackedLinear):
     dtypes = (torch.float32,)
 
     @staticmethod
-    def pack(weight: Tensor) -> Any:
-        """As `PackedLinear.pack`."""
+    def prepack(weight: Tensor) -> Any:
+        """As `PrepackedLinear.prepack`."""
         scale = (weight.abs().amax(1) / _int8_levels()).clamp(min=1e-12)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         zero = torch.zeros_like(scale, dtype=torch.int32)
@@ -148,9 +149,9 @@ class Int8Linear(PackedLinear):
         return torch.ops.onednn.qlinear_prepack(rounded, None), scale, zero, middle
 
     @staticmethod
-    def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
-        """As `PackedLinear.product`, without activations."""
-        weight, scale, zero, middle = packed
+    def product(x: Tensor, prepacked: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
+        """As `PrepackedLinear.product`, without activations."""
+        weight, scale, zero, middle = prepacked
         most = x.abs().amax(-1, keepdim=True).clamp_(min=1e-10)
         # Unsigned with its zero at 128: oneDNN's kernels for signed values are hundreds of times slower. The type cuts
         # off what is behind the point: the half that was added makes that rounding.
@@ -171,14 +172,14 @@ def _int8_levels() -> int:
     """
     weight, most = torch.full((16, 64), 127, dtype=torch.int8), torch.full((2, 64), 255, dtype=torch.uint8)
     one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    prepacked = torch.ops.onednn.qlinear_prepack(weight, None)
     out = torch.ops.onednn.qlinear_pointwise.default(
-        most, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        most, 1.0, 0, prepacked, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return 127 if bool((out == 255 * 127 * 64).all()) else 64
 
 
-class PackedAttention(Attention):
+class PrepackedAttention(Attention):
     """An `Attention` over another's layers, which makes queries, keys and values with one product where it can.
 
     Args:
@@ -188,26 +189,26 @@ class PackedAttention(Attention):
     def __init__(self, attn: Attention) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(attn.__dict__)  # Its layers, and its hooks.
-        self._packed: _Kept = {}
+        self._prepacked: _Kept = {}
 
     def products(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
         """As `Attention.products`."""
         seen = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)  # by itself, by somebody
-        packed = None if seen else packed_weight(self._packed, x, *layers)
-        if packed is None and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        prepacked = None if seen else prepacked_weight(self._prepacked, x, *layers)
+        if prepacked is None and x.is_cpu and not torch.is_autocast_enabled("cpu"):
             return [layer(x) for layer in layers]
-        if packed is None:
+        if prepacked is None:
             return super().products(x, *layers)
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        first = cast(PackedLinear, layers[0])  # else there were nothing packed
-        return first.product(x, packed, bias).split_with_sizes([len(layer.weight) for layer in layers], -1)
+        first = cast(PrepackedLinear, layers[0])  # else there were nothing prepacked
+        return first.product(x, prepacked, bias).split_with_sizes([len(layer.weight) for layer in layers], -1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}}
+        return self.__dict__ | {"_prepacked": {}}
 
 
-class PackedMLP(MLP):
-    """An `MLP` over another's layers, which computes the activation with the first product where that is packed.
+class PrepackedMLP(MLP):
+    """An `MLP` over another's layers, which computes the activation with the first product where that is prepacked.
 
     Args:
         mlp: the MLP whose layers are shared.
@@ -221,22 +222,22 @@ class PackedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
-        fc1, packed = self.fc1, None
+        fc1, prepacked = self.fc1, None
         seen = fc1._forward_hooks or fc1._forward_pre_hooks
-        if type(fc1) is PackedLinear and self.activation in _FUSED and not seen and _rows() is _ANY:
-            packed = packed_weight(fc1._packed, x, fc1)
-        if packed is None:
+        if type(fc1) is PrepackedLinear and self.activation in _FUSED and not seen and _rows() is _ANY:
+            prepacked = prepacked_weight(fc1._prepacked, x, fc1)
+        if prepacked is None:
             return self.fc2(self.drop(self.act(self.fc1(x))))
-        return self.fc2(self.drop(PackedLinear.product(x, packed, fc1.bias, _FUSED[self.activation])))
+        return self.fc2(self.drop(PrepackedLinear.product(x, prepacked, fc1.bias, _FUSED[self.activation])))
 
 
-_KINDS = (nn.Linear, Linear, PackedLinear, Int8Linear)
+_KINDS = (nn.Linear, Linear, PrepackedLinear, Int8Linear)
 
 
-def pack_weights(model: Module, *, int8: bool = False) -> Module:
-    """Puts a `PackedLinear` in the place of each linear layer of a model, in place, and packed MLPs and attentions.
+def prepack_weights(model: Module, *, int8: bool = False) -> Module:
+    """Makes a model's linear layers, MLPs and attentions prepacked ones (`PrepackedLinear`), in place.
 
-    Parameters, their names and the state dict stay as they are; a packed model can still be trained, saved or moved.
+    Parameters, their names and the state dict stay as they are; a prepacked model can still be trained, saved or moved.
     Linear weights take twice their memory from the first pass on. Results differ by rounding only (1e-5 in float32).
 
     Args:
@@ -251,18 +252,18 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
         ValueError: if this build of torch has no oneDNN, or the model is itself one linear layer.
     """
     if not torch.backends.mkldnn.is_available():
-        raise ValueError("pack_weights needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none")
+        raise ValueError("prepack_weights needs a torch with oneDNN (torch.backends.mkldnn): this one has none")
     if type(model) in (nn.Linear, Linear):
-        raise ValueError("pack_weights works on the layers inside a model: for one layer, use PackedLinear(layer)")
-    kind = Int8Linear if int8 else PackedLinear
-    packed: dict[nn.Module, nn.Module] = {}  # What stands in several places stays one.
+        raise ValueError("prepack_weights is for the layers inside a model: for one layer, use PrepackedLinear(layer)")
+    kind = Int8Linear if int8 else PrepackedLinear
+    prepacked: dict[nn.Module, nn.Module] = {}  # What stands in several places stays one.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if type(child) is MLP:
-                parent.add_module(name, packed.setdefault(child, PackedMLP(child)))
-            elif type(child) in (Attention, PackedAttention):  # Packed once more, in case a weight was changed unseen.
+                parent.add_module(name, prepacked.setdefault(child, PrepackedMLP(child)))
+            elif type(child) in (Attention, PrepackedAttention):  # Again, in case a weight was changed unseen.
                 assert isinstance(child, Attention)
-                parent.add_module(name, packed.setdefault(child, PackedAttention(child)))
+                parent.add_module(name, prepacked.setdefault(child, PrepackedAttention(child)))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() would leave out a second place.
             if isinstance(child, RestrictedLMHead):
@@ -270,21 +271,21 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
             if not isinstance(child, nn.Linear) or type(child) not in _KINDS:
                 continue
             if child.weight.dtype in (torch.float32, torch.bfloat16):
-                parent.add_module(name, packed.setdefault(child, kind(child)))
+                parent.add_module(name, prepacked.setdefault(child, kind(child)))
     return model
 
 
-def for_inference(model: Module, precision: Precision = "fp32", *, pack: bool = True) -> Module:
-    """Makes a model fast where it stands, in place: on a CPU its linear weights are packed (`pack_weights`).
+def for_inference(model: Module, precision: Precision = "fp32", *, prepack: bool = True) -> Module:
+    """Makes a model fast where it stands, in place: on a CPU its linear weights are prepacked (`prepack_weights`).
 
-    Packed copies are left out where they would take more than a quarter of the machine's memory: such a model computes
-    as fast as it did.
+    Prepacked copies are left out where they would take more than a quarter of the machine's memory: such a model
+    computes as fast as it did.
 
     Args:
         model: the model, on its device.
         precision: "fp32" leaves the weights' dtype; "bf16" converts them, which only takes less memory on a CPU that is
             slow in it (`kernels.emulated`); "int8" rounds them, on a CPU only.
-        pack: whether to pack weights that need not be; for a single image packing takes longer than it saves.
+        prepack: whether to prepack weights that need not be; for a single image prepacking takes longer than it saves.
 
     Raises:
         ValueError: for an unknown precision, or int8 where it cannot be had.
@@ -301,8 +302,8 @@ def for_inference(model: Module, precision: Precision = "fp32", *, pack: bool = 
         raise ValueError("int8 weights are for CPUs: on a GPU use bf16")
     layers = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     size = sum(x.numel() * (1 if int8 else 4 if emulated(x) else x.element_size()) for x in layers.values())
-    if int8 or (pack and on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
-        pack_weights(model, int8=int8)
+    if int8 or (prepack and on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
+        prepack_weights(model, int8=int8)
     return model
 
 

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
-from mmtransformer.layers import weight_packing
+from mmtransformer.layers import weight_prepacking
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.weight_packing import (
+from mmtransformer.layers.weight_prepacking import (
     Int8Linear,
-    PackedLinear,
+    PrepackedLinear,
     _int8_levels,
     for_inference,
     int8_pays,
-    pack_weights,
+    prepack_weights,
 )
-from mmtransformer.layers.weight_packing import _memory as packed_memory
+from mmtransformer.layers.weight_prepacking import _memory as memory_of_machine
 from tests.support.products import Products, slow_in_bfloat16
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -33,65 +33,65 @@ def vit() -> ViT:
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5))
 
 
-def packed_layers(model: nn.Module) -> list[PackedLinear]:
-    return [m for m in model.modules() if isinstance(m, PackedLinear)]
+def prepacked_layers(model: nn.Module) -> list[PrepackedLinear]:
+    return [m for m in model.modules() if isinstance(m, PrepackedLinear)]
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_results_are_the_same(dtype: torch.dtype, most: float):
     plain = vit().to(dtype)
-    packed = pack_weights(copy.deepcopy(plain))
+    prepacked = prepack_weights(copy.deepcopy(plain))
     with torch.inference_mode():
-        expected, found = plain(PIXELS.to(dtype)), packed(PIXELS.to(dtype))
-    assert len(packed_layers(packed)) == 2 * 6 + 2
-    joint = [block.attn for block in packed.blocks]
-    assert all(set(attn._packed) == {3} for attn in joint), "queries, keys and values were not one product"
+        expected, found = plain(PIXELS.to(dtype)), prepacked(PIXELS.to(dtype))
+    assert len(prepacked_layers(prepacked)) == 2 * 6 + 2
+    joint = [block.attn for block in prepacked.blocks]
+    assert all(set(attn._prepacked) == {3} for attn in joint), "queries, keys and values were not one product"
     parts = [layer for attn in joint for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
-    for layer in packed_layers(packed):
+    for layer in prepacked_layers(prepacked):
         in_joint = any(layer is part for part in parts)
-        assert bool(layer._packed) != in_joint, "the packed weights were not used, or packed twice"
+        assert bool(layer._prepacked) != in_joint, "the prepacked weights were not used, or prepacked twice"
     assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_an_activation_is_computed_with_its_product(activation: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weight_packing, "_rows", lambda: weight_packing._ANY)
+    monkeypatch.setattr(weight_prepacking, "_rows", lambda: weight_prepacking._ANY)
     torch.manual_seed(3)
     plain, x = nn.Sequential(MLP(22, 37, activation=activation)).eval(), torch.randn(3, 5, 22)
-    packed, calls = pack_weights(copy.deepcopy(plain)), []
-    assert [name for name, _ in packed.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    prepacked, calls = prepack_weights(copy.deepcopy(plain)), []
+    assert [name for name, _ in prepacked.named_parameters()] == [name for name, _ in plain.named_parameters()]
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prepacked(x), plain(x), rtol=1e-5, atol=1e-5)
         with unittest.mock.patch.object(
-            PackedLinear, "forward", lambda self, x: calls.append(self) or nn.Linear.forward(self, x)
+            PrepackedLinear, "forward", lambda self, x: calls.append(self) or nn.Linear.forward(self, x)
         ):
-            packed(x)
+            prepacked(x)
         fused = activation in ("gelu", "gelu_tanh", "relu")
-        assert calls == [packed[0].fc2] if fused else calls == [packed[0].fc1, packed[0].fc2]
-        packed[0].fc1.register_forward_hook(lambda layer, args, out: calls.append(out.shape))
-        packed(x)
+        assert calls == [prepacked[0].fc2] if fused else calls == [prepacked[0].fc1, prepacked[0].fc2]
+        prepacked[0].fc1.register_forward_hook(lambda layer, args, out: calls.append(out.shape))
+        prepacked(x)
         assert calls[-1] == (3, 5, 37), "a hook was passed over"
-    packed(x).sum().backward()
-    assert packed[0].fc1.weight.grad.any()
+    prepacked(x).sum().backward()
+    assert prepacked[0].fc1.weight.grad.any()
 
 
 @pytest.mark.parametrize(("rows", "pays"), [(1, False), (2, True), (192, True), (193, False)])
-def test_without_avx_512_one_row_and_many_are_not_multiplied_with_packed_weights(
+def test_without_avx_512_one_row_and_many_are_not_multiplied_with_prepacked_weights(
     rows: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zen 3: of 577 rows a packed product takes half as long again as torch's, and longer with its activation."""
+    """Zen 3: of 577 rows a prepacked product takes half as long again as torch's, and longer with its activation."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False}, raising=False)
-    monkeypatch.setattr(weight_packing, "_rows", weight_packing._rows.__wrapped__)
-    packed, eight = pack_weights(vit()), pack_weights(vit(), int8=True)
+    monkeypatch.setattr(weight_prepacking, "_rows", weight_prepacking._rows.__wrapped__)
+    prepacked, eight = prepack_weights(vit()), prepack_weights(vit(), int8=True)
     with torch.inference_mode():
         tokens = torch.randn(rows, 22)
-        for model in (packed, eight):
+        for model in (prepacked, eight):
             model.blocks[0].mlp(tokens)
-    made = [bool(layer._packed) for layer in packed_layers(packed.blocks[0].mlp)]
+    made = [bool(layer._prepacked) for layer in prepacked_layers(prepacked.blocks[0].mlp)]
     assert made == [pays] * 2  # each product by itself, the activation too
-    assert all(layer._packed for layer in packed_layers(eight.blocks[0].mlp))
+    assert all(layer._prepacked for layer in prepacked_layers(eight.blocks[0].mlp))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True}, raising=False)
-    assert weight_packing._rows() is weight_packing._ANY
+    assert weight_prepacking._rows() is weight_prepacking._ANY
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -99,13 +99,13 @@ def test_without_avx_512_one_row_and_many_are_not_multiplied_with_packed_weights
 def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
     torch.manual_seed(3)
     plain = nn.ModuleDict({"self": Attention(22, 2, bias=bias), "cross": Attention(22, 2, context_dim=13, bias=bias)})
-    model, calls = pack_weights(copy.deepcopy(plain).eval(), int8=int8), []
+    model, calls = prepack_weights(copy.deepcopy(plain).eval(), int8=int8), []
     x, context = torch.randn(3, 5, 22), torch.randn(3, 7, 13)
     product = type(model["self"].q_proj).product
 
-    def counted(x: torch.Tensor, packed: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    def counted(x: torch.Tensor, prepacked: Any, bias: torch.Tensor | None) -> torch.Tensor:
         calls.append(x.shape)
-        return product(x, packed, bias)
+        return product(x, prepacked, bias)
 
     def both() -> list[torch.Tensor]:
         q, kv = model["self"].project(x)
@@ -128,8 +128,8 @@ def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
             parameter.add_(torch.randn_like(parameter))
         torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
         before = both()
-        pack_weights(model, int8=not int8)
-        assert not torch.equal(both()[0], before[0]), "weights packed in the other way were used"
+        prepack_weights(model, int8=not int8)
+        assert not torch.equal(both()[0], before[0]), "weights prepacked in the other way were used"
         torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(model)["self"](x), model["self"](x))
 
@@ -139,7 +139,7 @@ def test_parts_that_are_not_alike_are_products_of_their_own():
     x, plain = torch.randn(3, 5, 22), Attention(22, 2)
     with torch.inference_mode():
         for change in ("hook", "bias", "layer"):
-            model, seen = pack_weights(nn.Sequential(copy.deepcopy(plain)))[0], []
+            model, seen = prepack_weights(nn.Sequential(copy.deepcopy(plain)))[0], []
             expected = [model.q_proj(x), model.k_proj(x), model.v_proj(x)]
             if change == "hook":
                 model.k_proj.register_forward_hook(lambda layer, args, out, seen=seen: seen.append(out.shape))
@@ -151,24 +151,24 @@ def test_parts_that_are_not_alike_are_products_of_their_own():
             q, kv = model.project(x)
             expected = [part.unflatten(-1, (2, 11)).transpose(1, 2) for part in expected]
             torch.testing.assert_close([q, *kv], expected, rtol=1e-5, atol=1e-5)
-            assert not model._packed
+            assert not model._prepacked
             assert len(seen) == (change == "hook")
 
 
 def test_parameters_and_state_dict_stay():
     model = vit()
     before, parameters = model.state_dict(), dict(model.named_parameters())
-    assert pack_weights(model) is model
+    assert prepack_weights(model) is model
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    pack_weights(model)
-    assert len(packed_layers(model)) == 14
+    prepack_weights(model)
+    assert len(prepacked_layers(model)) == 14
 
 
-def test_changed_weights_are_packed_again():
-    model, other = pack_weights(vit()), vit()
+def test_changed_weights_are_prepacked_again():
+    model, other = prepack_weights(vit()), vit()
     with torch.no_grad():
         first = model(PIXELS)
         for parameter in other.parameters():
@@ -180,8 +180,8 @@ def test_changed_weights_are_packed_again():
         assert model(PIXELS.bfloat16()).dtype == torch.bfloat16
 
 
-def test_training_goes_around_the_packed_weights():
-    model, plain = pack_weights(vit()), vit()
+def test_training_goes_around_the_prepacked_weights():
+    model, plain = prepack_weights(vit()), vit()
     with torch.no_grad():
         model(PIXELS)
     for m in (model, plain):
@@ -196,7 +196,7 @@ def test_training_goes_around_the_packed_weights():
 
 
 def test_autocast_and_copies():
-    model = pack_weights(vit())
+    model = prepack_weights(vit())
     with torch.no_grad():
         expected = model(PIXELS)
         torch.testing.assert_close(copy.deepcopy(model)(PIXELS), expected)
@@ -205,7 +205,7 @@ def test_autocast_and_copies():
 
 
 def test_saved_as_before(tmp_path):
-    model = pack_weights(vit())
+    model = prepack_weights(vit())
     with torch.no_grad():
         expected = model(PIXELS)
         model.save_pretrained(tmp_path)
@@ -214,24 +214,24 @@ def test_saved_as_before(tmp_path):
 
 def test_tied_head_stays_tied():
     decoder = TextDecoder(31, 22, 1, 2, max_len=11, context_dim=22)
-    model = pack_weights(VisionEncoderDecoder(vit(), decoder).eval())
+    model = prepack_weights(VisionEncoderDecoder(vit(), decoder).eval())
     assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
     with torch.no_grad():
         hidden = torch.randn(3, 22)
         expected = hidden @ model.decoder.tok_embed.weight.T
         torch.testing.assert_close(model.decoder.head(hidden), expected, rtol=1e-5, atol=1e-5)
-    assert isinstance(model.decoder.lm_head, PackedLinear)
-    assert model.decoder.lm_head._packed, "the head went around the packed weights"
+    assert isinstance(model.decoder.lm_head, PrepackedLinear)
+    assert model.decoder.lm_head._prepacked, "the head went around the prepacked weights"
 
 
-def test_what_cannot_be_packed(monkeypatch):
-    with pytest.raises(ValueError, match=r"use PackedLinear\(layer\)"):
-        pack_weights(nn.Linear(3, 5))
-    double = pack_weights(nn.Sequential(nn.Linear(3, 5).double()))
-    assert not packed_layers(double)
+def test_what_cannot_be_prepacked(monkeypatch):
+    with pytest.raises(ValueError, match=r"use PrepackedLinear\(layer\)"):
+        prepack_weights(nn.Linear(3, 5))
+    double = prepack_weights(nn.Sequential(nn.Linear(3, 5).double()))
+    assert not prepacked_layers(double)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has none"):
-        pack_weights(vit())
+        prepack_weights(vit())
 
 
 # -------------------------------------------------------------------------------------------------------- eight bits
@@ -286,7 +286,7 @@ def test_eight_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
 
 def test_eight_bits_are_near_and_follow_the_weight() -> None:
     torch.manual_seed(4)
-    model = pack_weights(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 11)), int8=True)
+    model = prepack_weights(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 11)), int8=True)
     x = torch.randn(7, 64)
     exact = model(x)  # with gradients it is an ordinary linear layer
     with torch.inference_mode():
@@ -296,8 +296,8 @@ def test_eight_bits_are_near_and_follow_the_weight() -> None:
         model[2].weight.mul_(2.0)
         model[2].bias.mul_(2.0)
         torch.testing.assert_close(model(x), 2 * near, atol=1e-5, rtol=1e-4)
-    back = pack_weights(model)  # and back to all bits
-    assert type(back[0]) is PackedLinear
+    back = prepack_weights(model)  # and back to all bits
+    assert type(back[0]) is PrepackedLinear
     with torch.no_grad():
         torch.testing.assert_close(back(x), 2 * exact, atol=1e-4, rtol=1e-4)
 
@@ -313,13 +313,13 @@ def test_eight_bits_of_nothing_but_zeros() -> None:
 
 
 def test_a_model_is_made_ready_in_its_precision() -> None:
-    kinds = {"fp32": PackedLinear, "bf16": PackedLinear, "int8": Int8Linear}
+    kinds = {"fp32": PrepackedLinear, "bf16": PrepackedLinear, "int8": Int8Linear}
     for precision, kind in kinds.items():
         model = vit()
         with torch.inference_mode():
             assert for_inference(model, precision) is model
-        assert {type(layer) for layer in packed_layers(model)} == {kind}
-        assert len(packed_layers(model)) == 14
+        assert {type(layer) for layer in prepacked_layers(model)} == {kind}
+        assert len(prepacked_layers(model)) == 14
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         model(PIXELS.to(dtype)).sum().backward()  # and may still be trained
@@ -327,15 +327,15 @@ def test_a_model_is_made_ready_in_its_precision() -> None:
         for_inference(vit(), "fp16")  # pyright: ignore[reportArgumentType]
 
 
-def test_what_is_packed_of_16_bits_is_in_float32_where_the_cpu_is_slow_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepacked_16_bits_are_float32_where_the_cpu_is_slow_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
     slow_in_bfloat16(monkeypatch)
     model = vit()
-    for memory, packed in ((1e12, True), (0, False)):
-        monkeypatch.setattr("mmtransformer.layers.weight_packing._memory", lambda memory=memory: memory)
+    for memory, prepacked in ((1e12, True), (0, False)):
+        monkeypatch.setattr("mmtransformer.layers.weight_prepacking._memory", lambda memory=memory: memory)
         with torch.no_grad():
             want = model(PIXELS)
             half = for_inference(copy.deepcopy(model), "bf16")
-            assert bool(packed_layers(half)) == packed
+            assert bool(prepacked_layers(half)) == prepacked
             with Products() as made:
                 found = half(PIXELS.bfloat16())
         assert found.dtype == torch.bfloat16
@@ -343,23 +343,23 @@ def test_what_is_packed_of_16_bits_is_in_float32_where_the_cpu_is_slow_in_them(m
         assert (found.float() - want).norm() < 0.02 * want.norm()
 
 
-def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_would_fill_the_memory_are_not_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the memory: each weight counts once, with four bytes, or with one where it is asked for."""
     shared = nn.Linear(10, 25, bias=False)
     make = lambda: nn.Sequential(shared, nn.Linear(25, 10, bias=False), shared)  # noqa: E731
-    for memory, packed in ((4 * 4 * 500, 3), (4 * 4 * 500 - 1, 0)):
-        monkeypatch.setattr("mmtransformer.layers.weight_packing._memory", lambda memory=memory: memory)
-        assert sum(isinstance(layer, PackedLinear) for layer in for_inference(make())) == packed
+    for memory, prepacked in ((4 * 4 * 500, 3), (4 * 4 * 500 - 1, 0)):
+        monkeypatch.setattr("mmtransformer.layers.weight_prepacking._memory", lambda memory=memory: memory)
+        assert sum(isinstance(layer, PrepackedLinear) for layer in for_inference(make())) == prepacked
     assert isinstance(for_inference(make(), "int8")[0], Int8Linear)
     monkeypatch.undo()
-    assert 2**28 < packed_memory() < 2**50
+    assert 2**28 < memory_of_machine() < 2**50
     on_meta = make().to("meta")
-    assert not packed_layers(for_inference(on_meta))
+    assert not prepacked_layers(for_inference(on_meta))
     with pytest.raises(ValueError, match="int8 weights are for CPUs"):
         for_inference(on_meta, "int8")
 
 
-def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
+def test_merged_low_rank_products_and_new_weights_are_prepacked_anew() -> None:
     from mmtransformer.layers.lora import add_lora, merge_lora
 
     model = TextDecoder(31, 24, 2, 4, max_len=9).eval()
@@ -369,7 +369,7 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
         with torch.no_grad():
             return model(tokens)
 
-    pack_weights(model)
+    prepack_weights(model)
     logits()
     add_lora(model, ["q_proj", "v_proj", "fc1"], rank=3)
     with torch.no_grad():
@@ -382,7 +382,7 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
     for parameter in model.parameters():
         parameter.data.mul_(1.5)  # What nobody can see.
     want = copy.deepcopy(model)(tokens).detach()
-    torch.testing.assert_close(pack_weights(model)(tokens), want)
+    torch.testing.assert_close(prepack_weights(model)(tokens), want)
     torch.testing.assert_close(logits(), want, atol=1e-4, rtol=1e-4)
     layer = model.blocks[0].attn.q_proj
     layer.weight = nn.Parameter(torch.randn(24, 24))
@@ -392,7 +392,7 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
 
 def test_another_weight_at_the_same_address_is_another() -> None:
     """As where a weight was replaced, and the next one lies where it lay."""
-    layer, x = PackedLinear(nn.Linear(3, 3)), torch.eye(3)
+    layer, x = PrepackedLinear(nn.Linear(3, 3)), torch.eye(3)
     with torch.no_grad():
         first = layer(x)
         old = layer.weight
@@ -404,14 +404,14 @@ def test_another_weight_at_the_same_address_is_another() -> None:
         torch.testing.assert_close(layer(x) - layer.bias, 4 * (first - layer.bias))
 
 
-def test_packed_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
+def test_prepacked_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
     attn = Attention(24, 4)
     both = nn.ModuleList([nn.Sequential(attn), nn.Sequential(attn)]).eval()
     seen = []
     attn.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     x = torch.randn(2, 5, 24)
     want = attn(x)
-    pack_weights(both)
+    prepack_weights(both)
     assert both[0][0] is both[1][0]
     with torch.no_grad():
         torch.testing.assert_close(both[0](x), want, atol=1e-5, rtol=1e-4)
@@ -432,7 +432,7 @@ def test_eight_bits_are_for_what_a_cache_does_not_hold(
     kinds: dict[str, bool], cache: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: kinds, raising=False)
-    monkeypatch.setattr(weight_packing, "_last_cache", lambda: cache)
+    monkeypatch.setattr(weight_prepacking, "_last_cache", lambda: cache)
     layer = nn.Linear(32, 32, bias=False)
     twice = nn.Sequential(layer, nn.Linear(32, 32), layer)
     assert int8_pays(twice, torch.device("cpu")) == pays
@@ -447,4 +447,4 @@ def test_eight_bits_are_not_taken_for_models_never_scored_with_them(monkeypatch:
 
 
 def test_the_cache_is_told_in_bytes() -> None:
-    assert 2**20 <= weight_packing._last_cache() <= 2**40
+    assert 2**20 <= weight_prepacking._last_cache() <= 2**40
