@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from support.rooms import PACKAGE, ROOT
+from support.packages import PACKAGE, ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 

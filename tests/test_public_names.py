@@ -17,10 +17,10 @@ def test_the_package_shows_public_names_and_submodules_only() -> None:
     code = "import mmtransformer as mm; mm.weights.load_lm; mm.data, mm.training; print(*dir(mm))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     shown = {name for name in done.stdout.split() if not name.startswith("__")}
-    rooms = {path.stem for path in (ROOT / "mmtransformer").iterdir() if path.name[0] not in "_."}
+    submodules = {path.stem for path in (ROOT / "mmtransformer").iterdir() if path.name[0] not in "_."}
     assert {"ViT", "generate", "weights", "layers"} <= shown
     assert not {name for name in shown if name[0] == "_" or name == "TYPE_CHECKING"}
-    assert rooms - {"recipes", "py"} <= shown
+    assert submodules - {"recipes", "py"} <= shown
 
 
 def test_reprs_say_what_it_is() -> None:

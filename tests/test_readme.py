@@ -22,7 +22,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-import draw_rooms
+import draw_packages
 import list_families
 from mmtransformer import CLIP, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
 from mmtransformer.cli import main
@@ -303,11 +303,12 @@ def test_files_are_listed() -> None:
     assert folders - {"runs/", "build/", "dist/"} <= set(names)
 
 
-def test_the_rooms_are_drawn_as_they_are() -> None:
+def test_the_packages_are_drawn_as_they_are() -> None:
     page = ROOT / "docs/architecture.md"
-    stale = "stale: run python tests/draw_rooms.py"
-    assert draw_rooms.with_rooms(page.read_text("utf-8")) == page.read_text("utf-8"), f"{page.name} is {stale}"
-    assert draw_rooms.description() in draw_rooms.PICTURE.read_text("utf-8"), f"{draw_rooms.PICTURE.name} is {stale}"
+    stale = "stale: run python tests/draw_packages.py"
+    assert draw_packages.with_packages(page.read_text("utf-8")) == page.read_text("utf-8"), f"{page.name} is {stale}"
+    picture = draw_packages.PICTURE
+    assert draw_packages.description() in picture.read_text("utf-8"), f"{picture.name} is {stale}"
 
 
 def test_the_families_of_weights_are_listed_as_they_are() -> None:

@@ -74,7 +74,7 @@ def test_an_overlay_is_called_one(
     assert err == "mmt fit: error: nosuch.yaml: no such recipe; mmt recipes lists the library's\n"
 
 
-def test_a_misspelt_room_of_a_recipe_has_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_section_of_a_recipe_has_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mmt(capsys, "recipes", "copy", "caption_scenes", str(tmp_path / "own.yaml"))
     text = (tmp_path / "own.yaml").read_text("utf-8")
     (tmp_path / "own.yaml").write_text(text.replace("\ntrainer:", "\ntrainr:"), "utf-8")

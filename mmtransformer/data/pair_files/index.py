@@ -90,8 +90,9 @@ def _roots(root: str | Path, read: ReadOptions) -> list[str | Path]:
 @cache
 def _code() -> str:
     """What is another where another version of the library reads other things out of the same files."""
-    rooms = (Path(__file__).parents[2] / room for room in ("data/files", "data/formats", "data/pair_files", "text"))
-    return hashlib.sha256(b"".join(f.read_bytes() for r in rooms for f in sorted(r.glob("*.py")))).hexdigest()[:16]
+    folders = (Path(__file__).parents[2] / name for name in ("data/files", "data/formats", "data/pair_files", "text"))
+    files = (file for folder in folders for file in sorted(folder.glob("*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _keep(path: Path, identity: dict[str, Any], found: Found, before: Snapshot) -> Mapped | None:

@@ -1,4 +1,4 @@
-"""The rooms of the library, and which imports which, read from the imports themselves."""
+"""The packages of the library, and which imports which, read from the imports themselves."""
 
 import ast
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mmtransformer"
 
-# The rooms from the ground up: a file imports only from its own room and from those above it in this list.
-ROOMS = [
+# A file imports only from its own package and from those above it in this list.
+IMPORT_ORDER = [
     "lazy",
     "batch",
     "layers",
@@ -55,12 +55,12 @@ ROOMS = [
 
 
 def modules() -> list[Path]:
-    doors = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # which lead to the rooms and are in none
-    return sorted(path for path in PACKAGE.rglob("*.py") if path not in doors)
+    top = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # which are in none of the packages
+    return sorted(path for path in PACKAGE.rglob("*.py") if path not in top)
 
 
-def room_of(path: Path) -> str:
-    """mmtransformer/data/files/tables.py -> data/files; a file at the top is a room of its own."""
+def package_of(path: Path) -> str:
+    """mmtransformer/data/files/tables.py -> data/files; a file at the top is a package of its own."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "/".join(parts[:-1]) or parts[0]
 
@@ -90,29 +90,29 @@ def file_of(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def arrows(*, sub_rooms: bool = False) -> dict[str, list[str]]:
-    """Room -> the rooms that it imports, both from the ground up; those in a room are left out, or a room each."""
+def arrows(*, nested: bool = False) -> dict[str, list[str]]:
+    """Package -> the packages that it imports, both in import order; those within packages apart if `nested`."""
     found: dict[str, set[str]] = {}
     for path in modules():
-        room = _shown(room_of(path), sub_rooms)
-        below = found.setdefault(room, set())
+        package = _shown(package_of(path), nested)
+        below = found.setdefault(package, set())
         for _, name in imports(path):
             if name.startswith("mmtransformer."):
-                below.add(_shown(room_of(file_of(name)), sub_rooms))
-        below.discard(room)
-    order = list(dict.fromkeys(_shown(room, sub_rooms) for room in ROOMS))
-    return {room: sorted(found[room], key=order.index) for room in order if room in found}
+                below.add(_shown(package_of(file_of(name)), nested))
+        below.discard(package)
+    order = list(dict.fromkeys(_shown(package, nested) for package in IMPORT_ORDER))
+    return {package: sorted(found[package], key=order.index) for package in order if package in found}
 
 
-def _shown(room: str, sub_rooms: bool) -> str:
-    return room if sub_rooms else room.partition("/")[0]
+def _shown(package: str, nested: bool) -> str:
+    return package if nested else package.partition("/")[0]
 
 
-def purpose(room: str) -> str:
-    """What a room is for: the first line of its docstring."""
-    path = PACKAGE / room
+def purpose(package: str) -> str:
+    """What a package is for: the first line of its docstring."""
+    path = PACKAGE / package
     text = ast.get_docstring(
         ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
     )
-    assert text, room
+    assert text, package
     return text.splitlines()[0]

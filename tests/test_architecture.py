@@ -1,4 +1,4 @@
-"""The shape of the house: files import only from lower rooms, and files stay short, portable and lazy."""
+"""The architecture: files import only from packages before theirs, and files stay short, portable and lazy."""
 
 import importlib
 import re
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from support import rooms
-from support.rooms import PACKAGE, ROOMS, ROOT, file_of, imports, modules, room_of
+from support import packages
+from support.packages import IMPORT_ORDER, PACKAGE, ROOT, file_of, imports, modules, package_of
 
-# Libraries that only some rooms may import, anywhere in a file.
+# Libraries that only some packages may import, anywhere in a file.
 LIGHTNING = ("data", "training", "cli")
-LIBRARY_ROOMS = {"lightning": LIGHTNING, "pytorch_lightning": (), "jsonargparse": ("cli",)}
+ALLOWED_IN = {"lightning": LIGHTNING, "pytorch_lightning": (), "jsonargparse": ("cli",)}
 
 # The one dynamic import of the library by a name that is not its own: a saved model's class, among the public names.
 DYNAMIC = "serialization/pretrained.py"
@@ -27,28 +27,28 @@ MAX_LINES, MAX_FILES = 400, 15
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a file's imports, one line each."""
-    room, where = room_of(path), path.relative_to(ROOT)
-    if room not in ROOMS:
-        return [f"{where}: {room} is no room yet; add it to ROOMS in support/rooms.py"]
+    package, where = package_of(path), path.relative_to(ROOT)
+    if package not in IMPORT_ORDER:
+        return [f"{where}: {package} is no package yet; add it to IMPORT_ORDER in support/packages.py"]
     found = []
     for line, imported in imports(path):
         library, _, rest = imported.partition(".")
-        if library in LIBRARY_ROOMS and room.partition("/")[0] not in LIBRARY_ROOMS[library]:
-            allowed = ", ".join(LIBRARY_ROOMS[library]) or "no room"
-            found.append(f"{where}:{line}: {library} may be imported in {allowed}, not in {room}")
-        if library != "mmtransformer" or (not rest and room == "cli"):  # mmt asks the package for its version
+        if library in ALLOWED_IN and package.partition("/")[0] not in ALLOWED_IN[library]:
+            allowed = ", ".join(ALLOWED_IN[library]) or "no package"
+            found.append(f"{where}:{line}: {library} may be imported in {allowed}, not in {package}")
+        if library != "mmtransformer" or (not rest and package == "cli"):  # mmt asks the package for its version
             continue
-        whom = room_of(file_of(imported)) if rest else ""
-        if path.name == "__init__.py" and whom.startswith(f"{room}/"):  # what a folder shows of what lies in it
+        whom = package_of(file_of(imported)) if rest else ""
+        if path.name == "__init__.py" and whom.startswith(f"{package}/"):  # what a folder shows of what lies in it
             continue
-        if whom not in ROOMS:
+        if whom not in IMPORT_ORDER:
             found.append(f"{where}:{line}: {imported}: import from the module that defines the name")
-        elif ROOMS.index(whom) > ROOMS.index(room):
-            found.append(f"{where}:{line}: {room} imports {whom}, which stands above it")
+        elif IMPORT_ORDER.index(whom) > IMPORT_ORDER.index(package):
+            found.append(f"{where}:{line}: {package} imports {whom}, which comes after it")
     return found
 
 
-def test_modules_import_only_from_lower_rooms() -> None:
+def test_modules_import_only_from_earlier_packages() -> None:
     found = [fault for path in modules() for fault in faults(path)]
     assert not found, "\n".join(found)
 
@@ -56,7 +56,7 @@ def test_modules_import_only_from_lower_rooms() -> None:
 def test_what_is_imported_by_a_name_is_known() -> None:
     dynamic = [path for path in modules() if re.search(r"import_module\(", path.read_text("utf-8"))]
     names = {
-        str(path.relative_to(PACKAGE)) for path in dynamic if room_of(path).partition("/")[0] not in ("cli", "lazy")
+        str(path.relative_to(PACKAGE)) for path in dynamic if package_of(path).partition("/")[0] not in ("cli", "lazy")
     }
     assert names == {DYNAMIC}
 
@@ -84,10 +84,10 @@ def test_no_two_files_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        ("from mmtransformer.backbones.vit import ViT", "layers imports backbones, which stands above it"),
+        ("from mmtransformer.backbones.vit import ViT", "layers imports backbones, which comes after it"),
         (
             "def f():\n    from mmtransformer.captioners import base",
-            "novelty.py:2: layers imports captioners, which stands above it",
+            "novelty.py:2: layers imports captioners, which comes after it",
         ),
         ("import lightning.pytorch as pl", "lightning may be imported in data, training, cli, not in layers"),
         ("from mmtransformer import ViT", "import from the module that defines the name"),
@@ -95,22 +95,22 @@ def test_no_two_files_import_each_other() -> None:
 )
 def test_a_fault_is_found(source: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "mmtransformer"
-    for room in ("layers", "backbones", "captioners", "attic"):
-        (package / room).mkdir(parents=True)
-    for module in (globals(), vars(rooms)):
+    for folder in ("layers", "backbones", "captioners", "attic"):
+        (package / folder).mkdir(parents=True)
+    for module in (globals(), vars(packages)):
         monkeypatch.setitem(module, "ROOT", tmp_path)
         monkeypatch.setitem(module, "PACKAGE", package)
     (package / "captioners" / "base.py").touch()
-    for room in ("layers", "attic"):
-        (package / room / "novelty.py").write_text(source, "utf-8")
+    for folder in ("layers", "attic"):
+        (package / folder / "novelty.py").write_text(source, "utf-8")
     assert fault in "\n".join(faults(package / "layers" / "novelty.py"))
-    assert "attic is no room yet" in faults(package / "attic" / "novelty.py")[0]
+    assert "attic is no package yet" in faults(package / "attic" / "novelty.py")[0]
 
 
 @pytest.mark.parametrize("top", ["lazy", "weights"], ids=["the package", "up to weights"])
 def test_import_is_lazy(top: str) -> None:
-    below = ROOMS[: ROOMS.index(top) + 1]
-    names = [path.relative_to(ROOT).with_suffix("").parts for path in modules() if room_of(path) in below]
+    below = IMPORT_ORDER[: IMPORT_ORDER.index(top) + 1]
+    names = [path.relative_to(ROOT).with_suffix("").parts for path in modules() if package_of(path) in below]
     names = ["mmtransformer", *(".".join(parts) for parts in names)]
     script = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n" + (
         f"print(*sorted(set({LAZY}) & set(sys.modules)))"
@@ -148,7 +148,7 @@ def test_tests_share_through_support_alone() -> None:
 
 
 def test_tests_mirror_the_library() -> None:
-    """A room's tests lie in the folder of its name; no two files of tests have one name, as pytest asks."""
+    """A package's tests lie in the folder of its name; no two files of tests have one name, as pytest asks."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     folders = {path.parent.relative_to(ROOT / "tests") for path in files} - {Path()}
     assert not [str(folder) for folder in folders if not (PACKAGE / folder).is_dir()]
