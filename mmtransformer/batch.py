@@ -1,5 +1,6 @@
 """Batch: tensors that travel together."""
 
+import reprlib
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -48,8 +49,18 @@ def with_images(pixels: Tensor) -> Tensor:
 class Batch:
     """What a loader yields: a dataclass of tensors, with names or whatever else belongs to them.
 
-    A subclass, a dataclass too, names the fields.
+    A subclass, a dataclass too, names the fields. Printed, a tensor is its type, shape and device.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__repr__" not in vars(cls):  # else `dataclass` writes one, of all numbers
+            cls.__repr__ = Batch.__repr__
+
+    def __repr__(self) -> str:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        said = ", ".join(f"{name}={_shown(value)}" for name, value in values if value is not None and value != ())
+        return f"{type(self).__name__}({said})"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with its tensors on another device.
@@ -67,3 +78,9 @@ class Batch:
         """The batch with its tensors in page-locked memory, for copies beside the computation."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return replace(self, **{k: x.pin_memory() for k, x in values if isinstance(x, Tensor)})
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return reprlib.repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {value.device}"

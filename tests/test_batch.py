@@ -11,6 +11,7 @@ from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.batch import Batch, num_targets
 from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.captioners.tiles import TiledBatch
 from mmtransformer.data.classes import ClassBatch
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.data.text_only.texts import TextBatch
@@ -31,6 +32,24 @@ def test_tensors_move_and_the_rest_stays() -> None:
     assert [moved.waves.device.type, moved.labels.device.type, moved.rate] == ["meta", "meta", None]
     assert moved.names == ("a", "b")
     assert [batch.waves.device.type, batch.labels.device.type] == ["cpu", "cpu"]
+
+
+def test_a_printed_batch_is_a_line_of_shapes() -> None:
+    batch = Sounds(torch.ones(2, 3), torch.arange(2), names=tuple(f"소리 {i}" for i in range(99)))
+    assert (
+        str(batch)
+        == repr(batch)
+        == (
+            "Sounds(waves=float32 (2, 3) cpu, labels=int64 (2,) cpu, "
+            "names=('소리 0', '소리 1', '소리 2', '소리 3', '소리 4', '소리 5', ...))"
+        )
+    )
+    assert "waves=float32 (2, 3) meta" in str(batch.to("meta"))
+    real = torch.ones(2, 3, dtype=torch.bool)
+    for kind in (CaptionBatch, TiledBatch):
+        said = str(kind(real.long(), real, real, pixels=torch.zeros(2, 3, 8, 8)))
+        masks = "attention_mask=bool (2, 3) cpu, loss_mask=bool (2, 3) cpu"
+        assert said == f"{kind.__name__}(tokens=int64 (2, 3) cpu, {masks}, pixels=float32 (2, 1, 3, 8, 8) cpu)"
 
 
 def test_masks_of_zeros_and_ones_become_bool_and_others_are_refused() -> None:

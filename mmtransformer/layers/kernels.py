@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mmtransformer.layers.masks import Mask, Segments, broadcast
@@ -41,6 +42,8 @@ def scaled_dot_product(
 ) -> Tensor:
     """`attention.attend`, by the kernel that is fastest on this device, in this dtype, at this length.
 
+    Derivatives in forward mode (`torch.func.jvp`, `jacfwd`), of which torch's kernels have none, go by plain products.
+
     Args:
         q: queries (b h q c).
         k: keys (n g k c).
@@ -56,15 +59,15 @@ def scaled_dot_product(
         return scaled_dot_product(q.float(), k.float(), v.float(), mask, dropout, softcap).to(q.dtype)
     if isinstance(mask, Segments):
         return _each_segment(q, k, v, mask.lengths, dropout, softcap)
-    if softcap is not None:
+    flex = mask is not None and not isinstance(mask, (Tensor, str))  # a BlockMask
+    if softcap is not None or (forward_ad._current_level >= 0 and not flex):
         assert mask is None or isinstance(mask, (Tensor, str))
         return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout, softcap)
     grouped, shared = bool(q.shape[1] != k.shape[1]), bool(q.shape[0] != k.shape[0])  # Tracers compare tensors.
-    flex = mask is not None and not isinstance(mask, (Tensor, str))  # a BlockMask
     if not flex and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
-        # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
-        # process's precision of float32 products, and would break the graph here.
-        plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32
+        # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout or `vmap`. torch.compile can't ask
+        # for the process's precision of float32 products, and would break the graph here.
+        plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32 or transformed()
         # "medium" is "highest" on a CPU that has no kernels for it.
         medium = plain or (not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium")
         if plain or (medium and fast_in_bfloat16()):
@@ -127,7 +130,7 @@ def _plain_products(
         split = ((n, m) if rows == b else (1, 1)) + ((g, r) if heads == h else (1, 1))
         allowed = allowed.view(*split, *allowed.shape[2:]).permute(0, 2, 1, 3, 4, 5)
     shape = (n, g, m, r, count, keys)
-    if softcap is not None:
+    if softcap is not None or transformed():
         exact = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(exact) * c**-0.5 @ k.to(exact).transpose(1, 2)
         weights = softmax(capped(scores, softcap).view(shape), allowed).view(n * g, m * r * count, keys).to(v.dtype)
@@ -141,6 +144,13 @@ def _plain_products(
         weights = F.dropout(weights, dropout)
     out = (weights @ v).view(n, g, m, r, count, c).permute(0, 2, 1, 3, 4, 5)
     return out.reshape(b, h, count, c)
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward mode takes operations apart now, which can do that with torch's own alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from mmtransformer.layers.kernels import HALVES, autocast_input, emulated, seconds_of
+from mmtransformer.layers.kernels import HALVES, autocast_input, emulated, seconds_of, transformed
 
 _LEAST = 1 << 23  # multiplications, for which a call more and the kernel of a new shape (0.4 ms) pay
 _GAIN = 1.4  # rate of oneDNN's product over torch's own from which on it is taken; on Zen 5 it is 2.1
@@ -60,8 +59,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.dtype == torch.float32)
         and x.shape[-1] == weight.shape[1]  # else torch says what is wrong
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()  # torch.func
-        and forward_ad._current_level < 0
+        and not transformed()
         and not torch._C._len_torch_dispatch_stack()  # who counts operations, or makes none, knows torch's own
         and torch.get_float32_matmul_precision() == "highest"
         and onednn_gain() >= _GAIN
@@ -109,7 +107,7 @@ def _upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         x = autocast_input(x)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not transformed():
             return _UpcastProduct.apply(x, weight, bias)
         if x.numel() == x.shape[-1]:  # torch has kernels for a single row, which read half the bytes.
             return F.linear(x, weight, bias)

@@ -260,3 +260,54 @@ def test_gradients_in_16_bits_are_those_of_the_definition(n: int, g: int, dtype:
         grads.append(torch.autograd.grad(out, inputs, sent.to(kind)))
     for got, want in zip(*grads, strict=True):
         assert rms(got.detach() - want) < 0.01 * rms(want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("asked", ["all", "causal", "some", "segments"])
+def test_derivatives_in_forward_mode_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, asked: str, dtype: torch.dtype
+) -> None:
+    """Of torch's kernels of attention none has any."""
+    monkeypatch.setattr(kernels, "_CPU_PLAIN_KEYS", 0)
+    allowed = {
+        "causal": torch.ones(7, 7).tril().bool(),
+        "some": (torch.rand(6, 1, 7, 7) > 0.4) | torch.eye(7).bool(),
+    }.get(asked)
+    if asked == "segments":
+        allowed = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).bool()
+    mask = {"causal": "causal", "segments": masks.Segments((3, 4))}.get(asked, allowed)
+    inputs = tuple(x.to(dtype) for x in qkv(q=7, c=8))
+    moves = tuple(torch.randn_like(x) for x in inputs)
+
+    def exact(*inputs: Tensor) -> Tensor:
+        q, k, v = (x.double() for x in inputs)
+        scores = q @ k.transpose(2, 3) / 8**0.5
+        return (scores if allowed is None else scores.where(allowed, -torch.inf)).softmax(-1) @ v
+
+    got = torch.func.jvp(lambda *x: attend(*x, mask), inputs, moves)
+    want = torch.func.jvp(exact, inputs, moves)
+    for mine, right in zip(got, want, strict=True):
+        assert mine.dtype == dtype
+        assert rms(mine - right) < (1e-6 if dtype == torch.float32 else 0.01) * rms(right)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(inputs, moves, strict=True)]
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(attend(*duals, mask)).tangent, got[1])  # pyright: ignore
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_layer_in_16_bits_has_gradients_by_sample_and_derivatives_in_forward_mode(
+    monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: not slow)
+    torch.manual_seed(3)
+    layer, x = Attention(16, 2).bfloat16().requires_grad_(False), torch.randn(3, 5, 16).bfloat16()
+    by_sample = torch.func.vmap(torch.func.grad(lambda x: layer(x[None]).float().sum()))(x)
+    (want,) = torch.autograd.grad(layer(x.requires_grad_()).float().sum(), x)
+    assert rms(by_sample - want) < 0.02 * rms(want)
+    x = x.detach()
+    _, moved = torch.func.jvp(layer, (x,), (x,))
+    assert float((moved.double() * torch.ones_like(moved)).sum()) == pytest.approx(
+        float((want.double() * x).sum()), rel=0.02, abs=0.05
+    )
