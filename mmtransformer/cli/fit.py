@@ -110,6 +110,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.pipelines.base import check_cores
     from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
     from mmtransformer.training import Captioning, ContrastiveLearning, Progress, SamplePrinter
+    from mmtransformer.training.callbacks.limits import Limits
     from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
@@ -204,7 +205,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 config.strategy = Sharded()
                 config.precision, more = number_format(config.precision)
                 plugins += more
-            extra: list[pl.Callback] = []
+            extra: list[pl.Callback] = [Limits()]
             if config.logger is not False:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
             if config.enable_progress_bar is not False:

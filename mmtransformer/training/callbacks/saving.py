@@ -201,13 +201,6 @@ class LastCheckpoint(Checkpoint):
             if isinstance(log, MetricsLog):
                 log.resume(checkpoint.get("rows", 0))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says why a run that goes on took no step."""
-        if self._from and trainer.global_step == self._from and not self.signal and trainer.is_global_zero:
-            steps = 0 <= trainer.max_steps <= self._from
-            end = f"trainer.max_steps ({trainer.max_steps})" if steps else f"trainer.max_epochs ({trainer.max_epochs})"
-            say(f"nothing was left to train, as the run had reached {end} at step {self._from}: a larger one goes on")
-
     def _late(self, trainer: pl.Trainer) -> bool:
         late = time.monotonic() - self._clock > 60 * self.every_n_minutes
         return bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
