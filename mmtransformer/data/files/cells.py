@@ -10,6 +10,7 @@ from typing import Any
 from mmtransformer.data.files.text import (
     CODES,
     CONTROLS,
+    LANGUAGES,
     is_broken,
     is_missing,
     language_code,
@@ -19,7 +20,7 @@ from mmtransformer.data.files.text import (
 from mmtransformer.data.loading.source import Caption
 
 LISTED = "cells that hold a list as text, read as its captions"
-_TEXTS = ("raw", "caption", "text", "sentence", "answer")  # keys of one caption in a mapping
+_TEXTS = ("raw", "caption", "text", "sentence", "answer", "value")  # keys of one caption in a mapping
 _NESTED = 16  # lists inside lists of captions
 _MOST_LITERAL, _MOST_BRACKETS = 1 << 16, 256  # letters and brackets of a Python literal that is parsed
 _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -76,8 +77,10 @@ def read_captions(
                 errors.append(("not a language", str(error)))
                 return []
             return read_captions(text, own or language, of, errors, notes, depth + 1)
-        if value and all(key in CODES for key in value):
-            return [c for key, item in value.items() for c in read_captions(item, key, of, errors, notes, depth + 1)]
+        codes = [LANGUAGES.get(str(key).casefold(), key) for key in value]
+        if value and all(code in CODES for code in codes):
+            both = zip(codes, value.values(), strict=True)
+            return [c for code, item in both for c in read_captions(item, code, of, errors, notes, depth + 1)]
     if isinstance(value, list | tuple) and value:
         return [c for item in value for c in read_captions(item, language, of, errors, notes, depth + 1)]
     if value is None or value != value or isinstance(value, list | tuple):  # NaN is not itself

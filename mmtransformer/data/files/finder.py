@@ -3,7 +3,7 @@
 import html
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 from mmtransformer.data.files.archives import Files
@@ -28,9 +28,10 @@ class Finder:
     The first way that finds at least half of the names is taken, or else the one that finds most. A name that is not
     there may differ from that of one file in upper and lower case (a.jpg for A.JPG), as on Windows; or it is spelt in
     another way, and read in one of these ways again: as in URLs ("a%20b.jpg", or a file is called so), with + for
-    spaces, as in HTML, with a caption's number behind it ("a.jpg#0"). Paths of other machines (C:\Users\..., Label
-    Studio's /data/upload/...) and URLs mean the file with the longest end that is the same, if only one of them does.
-    How many there were of each stands in `mapped`.
+    spaces, as in HTML, with a caption's number behind it ("a.jpg#0"), or, where no name at all is found, in folders
+    that are called otherwise here ("train/a.jpg" for train_images/a.jpg), each of which can be one alone. Paths of
+    other machines (C:\Users\..., Label Studio's /data/upload/...) and URLs mean the file with the longest end that is
+    the same, if only one of them does. How many there were of each stands in `mapped`.
 
     Args:
         files: Where pictures may lie.
@@ -47,7 +48,8 @@ class Finder:
         often = Counter(found for _, found in ends)
         self._ends = {name: found for name, found in ends if isinstance(found, Entry) and often[found] == 1}
         missing = [name for name in names if _elsewhere(name) is None and isinstance(self._plain.find(name)[0], str)]
-        for kind, spell in _spellings(files):
+        renamed = _renamed(index, missing) if len(missing) == len(names) else {}
+        for kind, spell in _spellings(files, renamed):
             if changed := [other for name in missing if (other := spell(name)) != name]:
                 self._spelt.append((kind, spell, _Reader(index, base, changed)))
 
@@ -235,13 +237,29 @@ def _elsewhere(name: str) -> tuple[str, tuple[str, ...]] | None:
             return None
         kind = "file paths" if scheme == "file" else "URLs"
         return f"{kind}, found by their ends", tuple(dict.fromkeys((unquote(path), path)))
-    if name.startswith(("/", "~/")):
+    if name.startswith(("/", "~/")) and "absolute" in (refusal(name) or ""):
         return "absolute paths, found by their ends", (name,)
     return None
 
 
-def _spellings(files: Files) -> Iterator[tuple[str, Callable[[str], str]]]:
-    """Other ways to spell a name, each with what it is called."""
+def _renamed(index: _Index, names: Sequence[str]) -> dict[str, str]:
+    """How the folders that names begin with are called here, where each of them can be one alone; {} if they can't."""
+    found: dict[str, set[str]] = {}
+    for folder, _, last in (nfc(name).replace("\\", "/").rpartition("/") for name in names):
+        there = index.by_last.get(last, ())
+        if folder and len(there) == 1:
+            found.setdefault(folder, set()).add(nfc(there[0].path).rpartition("/")[0])
+    others = [folder for some in found.values() for folder in some]
+    return {folder: some.pop() for folder, some in found.items()} if len({*others}) == len(found) == len(others) else {}
+
+
+def _spellings(files: Files, renamed: Mapping[str, str]) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Other ways to spell a name, each with what it is called.
+
+    Args:
+        files: All files.
+        renamed: Folders of names, and what they are called here.
+    """
     folders = {part for entry in files.entries if "%" in entry.path for part in nfc(entry.path).split("/")}
     escaped = {nfc(unquote(part)): part for part in folders}
     yield "names with a caption's number behind (#0)", lambda name: re.sub(r"#\d+$", "", name)
@@ -250,6 +268,9 @@ def _spellings(files: Files) -> Iterator[tuple[str, Callable[[str], str]]]:
         kind = "files whose names are as URLs write them (%20)"
         yield kind, lambda name: "/".join(escaped.get(part, part) for part in nfc(name).replace("\\", "/").split("/"))
     yield "names with + for spaces", unquote_plus
+    if renamed:
+        kind = "folders that are called otherwise here"
+        yield kind, lambda name: "/".join((renamed.get(name.rpartition("/")[0], ""), name.rpartition("/")[2]))
     yield "names as HTML writes them (&amp;)", html.unescape
 
 

@@ -2,6 +2,8 @@
 
 import unicodedata
 
+_BASE64 = ("/9j/", "ivborw0kggo", "r0lgod", "uklgr")  # how JPEG, PNG, GIF and WebP begin there, in lower case
+
 
 def nfc(name: str) -> str:
     """The composed Unicode form: macOS hands out Korean file names decomposed, manifests rarely hold them so."""
@@ -14,8 +16,10 @@ def refusal(name: str) -> str | None:
     scheme = head.partition("://")[0]
     if "\0" in name:
         return "a path with a NUL byte"
-    if head.startswith("data:") or ("://" in head and scheme.replace("+", "").isalnum()):
-        return "a URL, and nothing is downloaded: fetch the pictures first"
+    if head.startswith("data:") or (len(head) > 200 and head.startswith(_BASE64)):
+        return "a picture itself, in base64: write it into a file, and the file's name here"
+    if "://" in head and scheme.replace("+", "").isalnum():
+        return "a URL, and nothing is downloaded: fetch the pictures first (img2dataset does)"
     if head.startswith(("/", "\\", "~")) or (len(head) > 1 and head[1] == ":" and head[0].isalpha()):
         return "an absolute path: write it relative to the manifest"
     return None

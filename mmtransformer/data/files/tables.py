@@ -2,60 +2,25 @@
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mmtransformer.data.files.cells import read_captions
-from mmtransformer.data.files.endings import IMAGES
-from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.text import (
-    CODES,
-    LANGUAGES,
-    Line,
-    is_missing,
-    language_code,
-    lines,
-    normalize_text,
-    split_word,
+from mmtransformer.data.files.columns import (
+    IDS,
+    Columns,
+    find_columns,
+    image_columns,
+    is_place,
+    key_of,
+    looks_like_image,
 )
+from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.text import Line, is_missing, language_code, lines, normalize_text, split_word
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.conversation import Conversation
 
-IMAGE = (
-    "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
-    "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
-    "이미지", "사진", "그림", "파일", "파일명", "파일이름", "파일_이름", "이미지_파일", "이미지_이름", "이미지_경로",
-    "이미지파일", "이미지파일명", "이미지_파일명", "이미지경로", "이미지_url", "이미지url", "이미지주소", "대표이미지",
-    "대표_이미지", "사진파일", "사진파일명", "사진_경로", "사진경로", "파일경로", "그림_파일",
-    "image_file_name", "img_name", "img_file",
-    "이미지명", "사진_파일", "사진_이름", "사진명", "파일_경로", "경로",
-    "images", "photos",
-    "bild", "bilddatei", "datei", "dateiname", "foto", "fichier", "imagen", "archivo", "immagine", "imagem",
-)  # fmt: skip
-CAPTION = (
-    "captions", "caption", "title", "text", "texts", "txt", "sentences", "sentence", "descriptions", "description",
-    "comment", "alt_text", "alt", "raw", "캡션", "설명", "설명문", "사진_설명", "이미지_설명",
-    "이미지설명", "사진설명", "설명글", "한줄설명", "캡션문", "문구", "상품_설명", "상품설명", "상품명",
-    "문장", "텍스트", "내용", "제목",
-    "beschreibung", "bildunterschrift", "titel", "légende", "descripción", "descripcion", "título",
-    "didascalia", "legenda",
-)  # fmt: skip
-IDS = (
-    "image_id", "img_id", "imageid", "id", "key", "name", "uid", "아이디", "번호", "이름",
-    "사진번호", "사진_번호", "이미지번호", "이미지_번호", "이미지_id", "사진_id",
-)  # fmt: skip
-"""Where no column names files."""
-QUESTION = ("question", "질문", "질의", "문제", "frage", "pregunta", "domanda", "pergunta")
-ANSWER = (
-    "answers", "answer", "multiple_choice_answer", "답", "답변", "정답", "대답", "antwort", "respuesta", "réponse",
-    "risposta",
-)  # fmt: skip
-LANGUAGE = ("language", "lang", "locale", "언어")
-SPLIT = ("split", "subset", "partition", "분할")
-TURNS = (("prefix", "suffix"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))
-"""What is asked and what is answered, in tables that have nothing else to say of a picture."""
-FOLDER = ("folder", "folder_name", "foldername", "subfolder", "폴더", "폴더명", "폴더이름", "폴더_이름")
 TITLES = 10  # lines at the top of a table, one of which is its header
 _SOME = 20  # rows that tell which column has the pictures
 _JOINED = 100  # lines that one quoted CSV field may span
@@ -88,133 +53,20 @@ def bad_row(where: str, cause: str, what: str) -> ManifestRow:
     return ManifestRow(None, (), None, where, ((cause, what),))
 
 
-class Columns(NamedTuple):
-    """Which columns of a manifest hold what: a caption column comes with the language that its name says.
-
-    `image` is "" in a table of texts alone.
-    """
-
-    image: str
-    captions: tuple[tuple[str, str | None], ...]
-    language: str | None = None
-    split: str | None = None
-    question: str | None = None
-    folder: str | None = None
-
-    def __str__(self) -> str:
-        said = [f"image={self.image}"] * bool(self.image) + ["caption=" + "+".join(name for name, _ in self.captions)]
-        said += [f"folder={self.folder}"] * bool(self.folder)
-        said += [f"question={self.question}"] * bool(self.question)
-        said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(self.split)
-        return "columns " + " ".join(said)
-
-
-def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequence[Mapping[str, Any]] = ()) -> Columns:
-    """Decides which columns are used.
-
-    Args:
-        names: All columns of the manifest.
-        wanted: Those that the user named.
-        where: The manifest, for the error.
-        some: Its first rows: where no name says which column has the pictures, the one whose cells all end like some.
-
-    Raises:
-        ValueError: If a named column isn't there, or none looks like a picture or a caption.
-    """
-    listing = ", ".join(filter(None, names)) or "none"
-    for name in (wanted.image, *(wanted.captions or ()), wanted.language, wanted.split):
-        if name is not None and name not in names:
-            raise ValueError(f"{where} has no column {name!r}; its columns are: {listing}")
-    by_key = {_key(name): name for name in reversed(names)}
-
-    def first(aliases: Sequence[str]) -> str | None:
-        return next((by_key[alias] for alias in aliases if alias in by_key), None)
-
-    question = first(QUESTION) if wanted.images else None
-    image = wanted.image or next(iter(image_columns(names)), None)
-    if image is None and wanted.images and some:
-        ending = [name for name in names if all(looks_like_image(str(row.get(name))) for row in some)]
-        image = ending[0] if len(ending) == 1 else None
-    image = image or (first(IDS) if wanted.images else None)
-    if wanted.captions:
-        captions = tuple((name, _language_of(name)) for name in wanted.captions)
-    else:
-        plain = (first(ANSWER) if question else None) or first(CAPTION)
-        more = [name for name in names if _stem(name) in CAPTION and _stem(name) != _key(name)]
-        captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
-        for asked, answered in TURNS if not captions and wanted.images else ():
-            if not captions and asked in by_key and answered in by_key:
-                question, captions = by_key[asked], ((by_key[answered], None),)
-        if not captions:  # columns called just "en" and "ko", or "한국어"
-            captions = tuple((name, code) for name in names if (code := _code(_key(name))))
-    image = image or ("" if not wanted.images else None)
-    missing = [kind for kind, found in (("image", image), ("caption", captions)) if found in (None, ())]
-    if missing:
-        raise ValueError(
-            f"{where}: no column looks like the {' or the '.join(missing)}; its columns are: {listing}. "
-            f"Name it: {' '.join(f'--{kind}-column ...' for kind in missing)} (in a recipe data.read."
-            f"{', data.read.'.join(f'{kind}_column' for kind in missing)})"
-            if wanted.images
-            else f"{where}: no column looks like the text; its columns are: {listing}. "
-            "Name it: --data.read.text_column ..."
-        )
-    assert image is not None
-    language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT)
-    return Columns(image, captions, language, split, question, first(FOLDER) if wanted.image is None else None)
-
-
-def image_columns(names: Sequence[str]) -> list[str]:
-    """The columns whose names say that they hold pictures, the plainest name first."""
-    by_key = {_key(name): name for name in reversed(names)}
-    return [by_key[alias] for alias in IMAGE if alias in by_key]
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[\s()\[\]:./-]+", "_", name.strip().casefold()).strip("_")
-
-
-def _language_of(column: str) -> str | None:
-    """The language that a column's name says: ko for "caption_ko", "text_korean", "ko_caption", "한국어_설명"."""
-    before, _, ending = _key(column).rpartition("_")
-    front, _, rest = _key(column).partition("_")
-    said = _code(ending) if before or ending in LANGUAGES else None
-    return said or (_code(front) if _without_number(rest) in CAPTION else None)
-
-
-def _code(word: str) -> str | None:
-    return LANGUAGES.get(word) or (word if word in CODES else None)
-
-
-def _stem(column: str) -> str:
-    """Returns the column that this is a variant of: "caption" for "caption_ko", "ko_caption" and "caption_2"."""
-    key = _key(column)
-    if _language_of(column) is None:
-        return _without_number(key)
-    return rest if (rest := _without_number(key.partition("_")[2])) in CAPTION else key.rpartition("_")[0]
-
-
-def _without_number(key: str) -> str:
-    """A column's name without a number behind it: "caption" of "caption_2"."""
-    return re.sub(r"_?\d+$", "", key)
-
-
-def looks_like_image(cell: str) -> bool:
-    """Whether a cell ends like the name of a picture."""
-    return cell.strip().lower().endswith(IMAGES)
-
-
 def make_row(
     record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()
 ) -> ManifestRow:
     """A row of any table-like manifest, its cells checked and its captions normalised."""
     errors: list[tuple[str, str]] = []
     image = record.get(columns.image)
-    if isinstance(image, int) and not isinstance(image, bool) and _key(columns.image) in IDS:
+    if isinstance(image, int) and not isinstance(image, bool) and key_of(columns.image) in IDS:
         image = str(image)
     elif isinstance(image, list):
         if len(image) > 1:
             errors.append(("several pictures", f"{len(image)} in {columns.image}"))
         image = image[0] if len(image) == 1 else None
+    if isinstance(image, Mapping):  # an object that describes it
+        image = next((image[key] for key in image_columns([*image]) if isinstance(image[key], str)), image)
     if not columns.image or errors:
         image = None
     elif not isinstance(image, str) or is_missing(image.strip()):
@@ -241,7 +93,7 @@ def make_row(
     asked = record.get(columns.question) if columns.question else None
     if isinstance(asked, tuple):  # the turns of a conversation
         captions = [caption._replace(question=Conversation([*map(normalize_text, asked)])) for caption in captions]
-    elif isinstance(asked, str) and not is_missing(asked := normalize_text(asked)):
+    elif isinstance(asked, str) and not is_missing(asked := normalize_text(asked.replace("<image>", " "))):
         captions = [caption._replace(question=asked) for caption in captions]
     split = record.get(columns.split) if columns.split else None
     return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), tuple(found))
@@ -294,13 +146,13 @@ def _header(text: list[Line], name: str, wanted: Wanted) -> tuple[list[str], str
         mark = sniff(line)
         header = [cell.strip() for cell in split_cells(line, mark) or line.split(mark)]
         start = at + 1
-        if at == 0 and (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
+        if at == 0 and (len(header) == 2 or wanted.image is None) and any(map(is_place, header)):
             if len(header) != 2:
                 raise ValueError(
                     f"{name} has no header line and {counted(len(header), 'column')}; write one, such as "
                     f"image{mark}caption"
                 )
-            header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
+            header = ["image", "caption"] if is_place(header[0]) else ["caption", "image"]
             start = 0
         first = (split_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
         some = [dict(zip(header, cells, strict=True)) for cells in first if cells and len(cells) == len(header)]

@@ -33,6 +33,14 @@ CONTROLS = "control characters in texts, such as NUL, taken out"
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are no white space
 
 
+# letters of each language, and their share of a line: kanji stand between kana, and Korean bytes make none of these
+_GUESSES = (
+    ("Shift-JIS, Japanese Windows", "cp932", r"[ぁ-んァ-ヶ]", 0.2),
+    ("CP949, Korean Windows", "cp949", "[가-힣]", 0.6),
+    ("GB18030, Chinese Windows", "gb18030", r"[一-鿿，。]", 0.6),
+)
+
+
 class Line(NamedTuple):
     """One line of a text file: its number from 1, and its text, or None where it isn't valid text."""
 
@@ -44,11 +52,11 @@ class Line(NamedTuple):
 def lines(data: bytes) -> Iterator[Line]:
     """Decodes a text file line by line, so that one bad byte costs one line and is found by its number.
 
-    UTF-8 with or without a byte order mark, and UTF-16 with one. Lines end with LF, CR LF or, in a file that has
+    UTF-8 and UTF-16, with or without a byte order mark. Lines end with LF, CR LF or, in a file that has
     no LF at all, CR; never at the other characters that `str.splitlines` cuts at.
     """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        data = data.decode("utf-16", "replace").encode("utf-8")
+    if (wide := utf_16(data)) is not None:
+        data = data.decode(wide, "replace").encode("utf-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
     end = b"\n" if b"\n" in data or b"\r" not in data else b"\r"
     raw = data.split(end)
@@ -62,12 +70,23 @@ def lines(data: bytes) -> Iterator[Line]:
             yield Line(number, None, _encoding(line, error))
 
 
+def utf_16(data: bytes) -> str | None:
+    """Which UTF-16 a text is in, by its mark, or by the zeros beside its first two letters; None of any other."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    zeros = bytes(byte == 0 for byte in data[:4])
+    return {b"\0\1\0\1": "utf-16-le", b"\1\0\1\0": "utf-16-be"}.get(zeros)
+
+
 def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
-    try:
-        korean = line.decode("cp949")
-    except UnicodeDecodeError:
-        korean = ""
-    guess, name = ("CP949, Korean Windows", "cp949") if re.search("[가-힣]{2}", korean) else ("Latin-1", "latin-1")
+    """What is wrong with a line, and the encoding that most of its letters would make sense in."""
+    guess, name = "Latin-1", "latin-1"
+    for title, codec, letters, share in _GUESSES:
+        text = line.decode(codec, "replace")
+        foreign = [char for char in text if not char.isascii()]
+        if len(foreign) > 1 and len(re.findall(letters, text)) > share * len(foreign):
+            guess, name = title, codec
+            break
     return (
         f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8, or "
         f"say --encoding {name} (a recipe's data.read.encoding)"

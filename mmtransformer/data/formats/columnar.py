@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.columns import Columns, find_columns, image_columns
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, image_columns, make_row
+from mmtransformer.data.files.tables import ManifestRow, make_row
 from mmtransformer.data.formats.conversations import KEYS, is_turn
 from mmtransformer.data.formats.json_files import read_records
 from mmtransformer.data.formats.parquet import (

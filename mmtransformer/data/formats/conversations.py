@@ -1,12 +1,16 @@
 """Records of other programs as records of a picture and its caption: conversations, chats, Label Studio's tasks."""
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-KEYS = ("conversations", "messages", "conversation", "texts")
+KEYS = ("conversations", "messages", "conversation", "texts", "contents")
 """What the turns of a conversation are found under."""
-_FORMS = (("from", "value"), ("role", "content"))  # who says something, and what, in one turn
+_FORMS = (("from", "value"), ("role", "content"), ("role", "parts"))  # who says something, and what, in one turn
+_PLACES = ("image", "image_url", "path", "fileData", "file_data", "inlineData", "inline_data")
 _BOTH = ("user", "assistant")  # the keys of a question with its answer, in one
+_MARK = re.compile(r"(?:Picture \d+:\s*)?<img>(.*?)</img>")  # a picture amid a text, as Qwen-VL writes it
 _ASK, _ANSWER = ("human", "user"), ("gpt", "assistant", "model", "chatgpt")
 
 
@@ -22,9 +26,10 @@ def is_turn(keys: Collection[str]) -> bool:
 def as_records(record: Any) -> tuple[list[Any], str]:
     """Records with the keys image and caption in place of a conversation or a task; any other one as it is.
 
-    Known are LLaVA's `conversations` ("from", "value"), `messages` of chats ("role", "content", a text or a list of
-    parts), the Cauldron's `texts` ("user", "assistant"), and Label Studio's tasks with their `data` and `annotations`.
-    Each answer of a conversation is a caption; under "question" stands what was asked, a tuple where turns were before.
+    Known are LLaVA's `conversations` ("from", "value"), also with Qwen-VL's <img>a.jpg</img>, `messages` of chats
+    ("role", "content", a text or a list of parts), Gemini's `contents` ("role", "parts"), the Cauldron's `texts`
+    ("user", "assistant"), and Label Studio's tasks with their `data` and `annotations`. Each answer of a conversation
+    is a caption; under "question" stands what was asked, a tuple where turns were before.
 
     Returns:
         The records, and what was left out of them, in words; "" = nothing.
@@ -43,6 +48,15 @@ def as_records(record: Any) -> tuple[list[Any], str]:
     return [record], ""
 
 
+def laid_open(record: Any) -> Any:
+    """A record with what stands in its objects, in one of them alone, beside its own keys, which count first."""
+    if not isinstance(record, Mapping):
+        return record
+    inside = [value for value in record.values() if isinstance(value, Mapping)]
+    often = Counter(key for value in inside for key in value)
+    return {key: item for value in inside for key, item in value.items() if often[key] == 1} | dict(record)
+
+
 def _single(turn: Any) -> list[tuple[str, Any]]:
     """Who says what: of one turn, or of a question with its answer.
 
@@ -53,8 +67,13 @@ def _single(turn: Any) -> list[tuple[str, Any]]:
         raise NoCaption(f"a turn that is no object: {turn!r:.60}")
     if all(who in turn for who in _BOTH):
         return [(who, turn[who]) for who in _BOTH]
-    who, what = next((form for form in _FORMS if form[0] in turn), _FORMS[0])
+    who, what = next((form for form in _FORMS if set(form) <= set(turn)), _FORMS[0])
     return [(str(turn.get(who)).lower(), turn.get(what))]
+
+
+def _place(part: Mapping[str, Any]) -> Any:
+    """Where a chat's picture lies; of one that it holds itself, the letters."""
+    return part.get("url") or part.get("fileUri") or part.get("file_uri") or part.get("data")
 
 
 def _conversation(record: Mapping[str, Any], turns: list[tuple[str, Any]]) -> tuple[list[Any], str]:
@@ -65,11 +84,14 @@ def _conversation(record: Mapping[str, Any], turns: list[tuple[str, Any]]) -> tu
     for role, parts in turns:
         texts = []
         for part in parts if isinstance(parts, list) else [parts]:
+            places = []
             if isinstance(part, Mapping):
-                place = part.get("image") or part.get("image_url") or part.get("path")
-                place = place.get("url") if isinstance(place, Mapping) else place
-                named += [place] if place and place not in named else []
+                place = next((part[key] for key in _PLACES if part.get(key)), None)
+                places = [_place(place) if isinstance(place, Mapping) else place]
                 part = part.get("text")
+            elif isinstance(part, str):
+                places, part = _MARK.findall(part), _MARK.sub(" ", part)
+            named += [place for place in places if place and place not in named]
             texts += [part] if isinstance(part, str) else []
         if role not in (*_ASK, *_ANSWER):
             continue

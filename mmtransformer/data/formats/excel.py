@@ -7,10 +7,11 @@ from itertools import chain
 from typing import Any
 
 from mmtransformer.data.files.archives import MAX_BYTES, Files
+from mmtransformer.data.files.columns import Columns, find_columns
 from mmtransformer.data.files.endings import MOST_RATIO, SMALL_BYTES
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import TITLES, Columns, ManifestRow, find_columns, make_row
+from mmtransformer.data.files.tables import TITLES, ManifestRow, make_row
 from mmtransformer.data.files.text import split_word
 
 

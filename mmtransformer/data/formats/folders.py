@@ -7,11 +7,12 @@ from typing import Any
 
 from mmtransformer.data.files.archives import FileError, Files
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.columns import find_columns
 from mmtransformer.data.files.endings import IMAGES, OTHERS
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import ManifestRow, bad_row, find_columns
+from mmtransformer.data.files.tables import ManifestRow, bad_row
 from mmtransformer.data.files.text import CODES, LANGUAGES, lines
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images.files import kind_of

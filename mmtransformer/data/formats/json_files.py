@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.columns import Columns, find_columns, image_columns
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, image_columns, make_row
+from mmtransformer.data.files.tables import ManifestRow, bad_row, make_row
 from mmtransformer.data.files.text import SPLITS
-from mmtransformer.data.formats.conversations import NoCaption, as_records
+from mmtransformer.data.formats.conversations import NoCaption, as_records, laid_open
 
 
 def read_records(
@@ -33,7 +34,12 @@ def read_records(
         first = next((f": {where} is {error}" for where, _, error in everything if error), "")
         raise ValueError(f"{name} holds no JSON objects{first}")
     some = [record for _, record, _ in everything[:20] if isinstance(record, dict)]
-    columns = find_columns(list(keys), wanted, name, some)
+    try:
+        columns = find_columns(list(keys), wanted, name, some)
+    except ValueError:
+        everything = [(where, laid_open(record), error) for where, record, error in everything]
+        some = [laid_open(record) for record in some]
+        columns = find_columns([*dict.fromkeys(key for record in some for key in record)], wanted, name, some)
 
     def rows() -> Iterator[ManifestRow]:
         for where, record, error in everything:

@@ -1,13 +1,14 @@
 """Which shape a JSON file with captions has: records in a list, below a key, by column or by picture, or COCO's."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mmtransformer.data.files.columns import find_columns, image_columns, looks_like_image
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import find_columns, image_columns, looks_like_image
 from mmtransformer.data.files.text import split_word
-from mmtransformer.data.formats.conversations import NoCaption, as_records
+from mmtransformer.data.formats.conversations import NoCaption, as_records, laid_open
 
 _SOME = 20  # records that tell
 _DEEP = 4  # keys below each other
@@ -40,7 +41,8 @@ def json_shape(data: Any, wanted: Wanted, ids: Collection[str] = ()) -> Shape | 
 
 def _shape(data: Any, wanted: Wanted, ids: Collection[str], deep: int) -> Shape | None:
     if isinstance(data, list) and data and isinstance(data[0], dict):
-        return Shape("json", data)
+        inner = [] if fits(data, wanted) else _unrolled(data[:_SOME])
+        return Shape("json", _unrolled(data) if inner and fits(inner, wanted) else data)
     if isinstance(data, list):
         return _of_rows(data, wanted)
     if not isinstance(data, dict) or not data:
@@ -62,7 +64,6 @@ def _shape(data: Any, wanted: Wanted, ids: Collection[str], deep: int) -> Shape 
 
 def fits(records: Sequence[Any], wanted: Wanted) -> bool:
     """Whether records name pictures and captions, by the first of them."""
-    keys: dict[str, None] = {}
     some: list[Any] = []
     for record in records[:_SOME]:
         if not isinstance(record, dict):
@@ -71,13 +72,31 @@ def fits(records: Sequence[Any], wanted: Wanted) -> bool:
             some += as_records(record)[0]
         except NoCaption:
             continue
-    for record in some:
-        keys |= dict.fromkeys(map(str, record))
-    try:
-        find_columns(list(keys), wanted, "", some)
-    except ValueError:
-        return False
-    return True
+    for records in (some, [laid_open(record) for record in some]):
+        keys = dict.fromkeys(str(key) for record in records for key in record)
+        try:
+            find_columns(list(keys), wanted, "", records)
+        except ValueError:
+            continue
+        return True
+    return False
+
+
+def _unrolled(records: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of records with a list of records each, these, with what stands beside their list: regions of a picture, say."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if not isinstance(record, dict):
+            return []
+        lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(item, dict) for item in v)]
+        if len(lists) > 1:
+            return []
+        beside = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
+        said = (
+            {key: value for key, value in item.items() if value not in ("", None)} for some in lists for item in some
+        )
+        found.extend(beside | item for item in said)
+    return found
 
 
 def _below(data: Mapping[str, Any], wanted: Wanted, ids: Collection[str], deep: int) -> Shape | None:
@@ -95,6 +114,11 @@ def _below(data: Mapping[str, Any], wanted: Wanted, ids: Collection[str], deep: 
     if found and all(splits.values()) and {shape.format for shape in found.values()} == {"json"}:
         rows = [record | {"split": splits[key]} for key, shape in found.items() for record in shape.data]
         return Shape("json", rows, ", ".join(found))
+    lists = [shape.data for shape in found.values() if isinstance(shape.data, list)]
+    image = next(iter(image_columns([*lists[0][0]])), "") if lists else ""
+    often = Counter(name for some in lists for name in {str(record.get(image)) for record in some})
+    if image and len(lists) == len(data) and max(often.values()) == 1:  # a list a class, each of other pictures
+        return Shape("json", [record for some in lists for record in some])
     return None
 
 
@@ -153,7 +177,7 @@ def _says(value: Any) -> bool:
 
 
 def _mostly(keys: Sequence[str], ids: Collection[str]) -> bool:
-    return 2 * sum(str(key) in ids for key in keys) >= len(keys)
+    return 2 * sum(str(key).rpartition("/")[2] in ids for key in keys) >= len(keys)
 
 
 def _with_name(key: str, value: Any) -> dict[str, Any]:

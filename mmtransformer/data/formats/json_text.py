@@ -7,7 +7,7 @@ from typing import Any
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.text import lines
+from mmtransformer.data.files.text import lines, utf_16
 
 _PYTHON = re.compile(r"(None|True|False|undefined|nan|inf)\b")
 _BY_MESSAGE = {
@@ -29,7 +29,7 @@ def load_json(files: Files, entry: Entry) -> Any:
     """
     data = files.read_text(entry)
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode(utf_16(data) or "utf-8-sig")
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{entry.path}:{number} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.columns import looks_like_image
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.tables import ManifestRow, bad_row, looks_like_image
+from mmtransformer.data.files.tables import ManifestRow, bad_row
 from mmtransformer.data.files.text import SPLITS, lines
 
 _TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)

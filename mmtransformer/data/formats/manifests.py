@@ -21,11 +21,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from mmtransformer.data.files.archives import MAX_BYTES, Files
+from mmtransformer.data.files.columns import find_columns
 from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import find_columns, sniff, split_cells
+from mmtransformer.data.files.tables import sniff, split_cells
 from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.json_shapes import fits, json_shape

@@ -5,11 +5,12 @@ from functools import partial
 from typing import NamedTuple
 
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.columns import Columns
 from mmtransformer.data.files.endings import IMAGES, PACKED_TEXTS, TEXTS
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, read_table
+from mmtransformer.data.files.tables import ManifestRow, read_table
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.excel import read_excel
 from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records

@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from mmtransformer.data.documents.document_records import document_files
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.columns import Columns
 from mmtransformer.data.files.endings import plain_name
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits, plain_captions
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.files.tables import Columns, ManifestRow
+from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.folders import read_folder
 from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked
 from mmtransformer.data.formats.readers import FORMATS

@@ -14,6 +14,7 @@ N = 6
 NAMES = [f"{i:03d}.png" for i in range(N)]
 WANTED = {name: [f"a dog {i}"] for i, name in enumerate(NAMES)}
 ROWS = [{"image": name, "caption": f"a dog {i}"} for i, name in enumerate(NAMES)]
+BOTH = [*WANTED.items()]
 IMAGES = [{"id": 10 + i, "file_name": name, "height": 5} for i, name in enumerate(NAMES)]
 
 
@@ -47,6 +48,37 @@ SHAPES: dict[str, Any] = {
     "Label Studio's export below a key": {
         "tasks": [{"data": row, "annotations": [{"result": [{"value": {"text": [row["caption"]]}}]}]} for row in ROWS]
     },
+    "a picture as an object": [
+        {"image": {"width": 5, "path": f"/nas/{n}", "filename": n}, "text": c[0]} for n, c in BOTH
+    ],
+    "captions by language": [{"image": name, "captions": [{"english": said[0]}]} for name, said in BOTH],
+    "VGG's annotator": {
+        "_via_settings": {"core": {"filepath": {}}},
+        "_via_img_metadata": {
+            f"{name}123": {"filename": name, "size": 123, "regions": [], "file_attributes": {"caption": said[0]}}
+            for name, said in BOTH
+        },
+    },
+    "fields and responses": [
+        {"id": name, "fields": {"image": name}, "responses": {"caption": [{"value": said[0]}]}} for name, said in BOTH
+    ],
+    "rows of a server": {
+        "rows": [{"row_idx": 1, "row": {"image": {"src": name}, "text": said[0]}} for name, said in BOTH]
+    },
+    "posts": [{"media": [{"uri": name, "title": said[0], "size": 1}], "title": ""} for name, said in BOTH],
+    "a post with a title of its own": [
+        {"media": [{"uri": name, "title": ""}], "title": said[0]} for name, said in BOTH
+    ],
+    "regions": [{"id": i, "regions": [{"image_id": f"{i:03d}", "phrase": f"a dog {i}", "x": 1}]} for i in range(N)],
+    "a list a class": {
+        cls: [{"filename": name, "raw": said[0]} for name, said in BOTH[part]]
+        for cls, part in (("airport", slice(0, 3)), ("beach", slice(3, 6)))
+    },
+    "lists a class of different length": {
+        cls: [{"filename": name, "raw": said[0]} for name, said in BOTH[part]]
+        for cls, part in (("airport", slice(0, 2)), ("beach", slice(2, 6)))
+    },
+    "ids with folders": {f"photos/{name[:-4]}": {"caption": said[0], "tags": "x"} for name, said in BOTH},
     "conversations below a key": {
         "data": [
             {"image": r["image"], "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": c}]}

@@ -10,9 +10,10 @@ from typing import get_args
 import pytest
 
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.columns import Columns, find_columns
 from mmtransformer.data.files.read_options import Format, ReadOptions
 from mmtransformer.data.files.shards import ShardError, Shards
-from mmtransformer.data.files.tables import Columns, find_columns, read_table
+from mmtransformer.data.files.tables import read_table
 from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.opening import open_pairs
