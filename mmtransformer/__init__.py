@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.patches import ViTPatchConfig as ViTPatchConfig
     from mmtransformer.backbones.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
-    from mmtransformer.backbones.towers.joined import JoinedTowers as JoinedTowers
+    from mmtransformer.backbones.towers.concat import ConcatViT as ConcatViT
     from mmtransformer.backbones.towers.packed import PackedImages as PackedImages
     from mmtransformer.backbones.towers.packed import packed_features as packed_features
     from mmtransformer.backbones.towers.packed import packed_forward as packed_forward
@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     from mmtransformer.losses.next_token import SumAndCount as SumAndCount
     from mmtransformer.losses.sigmoid import siglip_loss as siglip_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
-    from mmtransformer.pipelines.few_shot import FewShot as FewShot
+    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder as FewShotPromptBuilder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
     from mmtransformer.pipelines.image_generator import ImageGenerator as ImageGenerator
     from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder as ImageTextEmbedder

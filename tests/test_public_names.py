@@ -55,7 +55,11 @@ def test_a_name_that_is_not_here_is_answered_with_the_nearest() -> None:
 def test_what_arguments_and_results_are_stands_where_one_looks() -> None:
     import mmtransformer as mm
 
-    for package, names in ((mm, {"HubOptions", "SumAndCount"}), (mm.training, {"Tuning"}), (mm.data, {"World"})):
+    for package, names in (
+        (mm, {"HubOptions", "SumAndCount"}),
+        (mm.training, {"TuningConfig"}),
+        (mm.data, {"SceneWorld"}),
+    ):
         assert names <= set(dir(package))
         assert all(isinstance(getattr(package, name), type) for name in names)
 

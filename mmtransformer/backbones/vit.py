@@ -237,16 +237,16 @@ class ViT(Pretrained, nn.Module):
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
         x, ropes = self.embed(pixels)
         for block, rope in zip(self.blocks, ropes, strict=True):
-            x = self.through(block, x, rope)
-        return self.normed(x)
+            x = self.forward_block(block, x, rope)
+        return self.forward_norm(x)
 
-    def through(self, block: nn.Module, x: Tensor, rope: Rope | None, mask: Mask | None = None) -> Tensor:
+    def forward_block(self, block: nn.Module, x: Tensor, rope: Rope | None, mask: Mask | None = None) -> Tensor:
         """A block's tokens (b p d), computed again in the backward pass where that was asked for."""
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, mask=mask, rope=rope, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(x, mask=mask, rope=rope)
 
-    def normed(self, x: Tensor) -> Tensor:
+    def forward_norm(self, x: Tensor) -> Tensor:
         """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
         own = next((parameter.dtype for parameter in self.norm.parameters()), self.dtype)
         return self.norm(x if own == self.dtype else x.to(own))
@@ -259,9 +259,9 @@ class ViT(Pretrained, nn.Module):
         """
         (x, ropes), wanted, found = self.embed(pixels), self._numbered(blocks), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self.through(block, x, ropes[i])
+            x = self.forward_block(block, x, ropes[i])
             if i in wanted:
-                found[i] = self.normed(x) if norm else x
+                found[i] = self.forward_norm(x) if norm else x
         return [found[i] for i in wanted]
 
     def _numbered(self, blocks: Sequence[int]) -> list[int]:
@@ -306,13 +306,13 @@ class ViT(Pretrained, nn.Module):
         wanted = sorted(set(self._numbered(range(-count, 0) if isinstance(count, int) else count)))
         ends = intermediates_only and stop_early
         tokens = self.tokens_after(x, wanted if ends else [*wanted, self.depth - 1])
-        final, found = tokens[-1], [self.normed(y) if norm else y for y in tokens[: len(wanted)]]
+        final, found = tokens[-1], [self.forward_norm(y) if norm else y for y in tokens[: len(wanted)]]
         prefix = [y[:, : self.num_prefix_tokens] for y in found]
         found = [y[:, self.num_prefix_tokens :] for y in found]
         if output_fmt == "NCHW":
             found = [y.mT.unflatten(2, self.dynamic_feat_size(*x.shape[2:])).contiguous() for y in found]
         given = list(zip(found, prefix, strict=True)) if return_prefix_tokens and self.num_prefix_tokens else found
-        return given if intermediates_only else (self.normed(final), given)
+        return given if intermediates_only else (self.forward_norm(final), given)
 
     def get_intermediate_layers(
         self,

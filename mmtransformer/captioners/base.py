@@ -166,7 +166,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     decoder: Any
     """The language model: a `Decoder`, or an encoder-decoder."""
-    unread: tuple[str, ...] = (*_DOCUMENTS, "image_sizes", "patch_grids", *INSTRUCTION)
+    unsupported_fields: tuple[str, ...] = (*_DOCUMENTS, "image_sizes", "patch_grids", *INSTRUCTION)
     """Fields of a batch that this captioner does not support, and refuses."""
 
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
@@ -297,7 +297,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         Raises:
             ValueError: naming the first of them.
         """
-        for name in self.unread:
+        for name in self.unsupported_fields:
             if getattr(batch, name, None) is not None:
                 raise ValueError(f"{type(self).__name__} does not support the batch field {name}")
 

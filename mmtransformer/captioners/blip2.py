@@ -61,7 +61,7 @@ class Blip2(Captioner):
         ValueError: if the parts do not fit.
     """
 
-    unread = NATIVE
+    unsupported_fields = NATIVE
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Blip2(Captioner):
         if train_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
             vision.norm.to(qformer.query_tokens.dtype)
         if instruct:
-            self.unread = tuple(name for name in self.unread if name not in INSTRUCTION)
+            self.unsupported_fields = tuple(name for name in self.unsupported_fields if name not in INSTRUCTION)
             qformer.freeze_last_text()
         width = decoder.dim if isinstance(decoder, SourceReader) else decoder.embedding_weights[0].shape[1]
         self.proj = Linear(qformer.dim, width)

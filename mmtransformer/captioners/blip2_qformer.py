@@ -72,7 +72,7 @@ class Blip2QFormer(Captioner):
             raise ValueError(f"cls_token_id ({cls_token_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
         if init_temperature <= 0:
             raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
-        self.unread = (*self.unread, "image_mask")
+        self.unsupported_fields = (*self.unsupported_fields, "image_mask")
         self.qformer, self.embed_dim, self.cls_token_id = qformer, embed_dim, cls_token_id
         self.init_temperature = init_temperature
         dim = qformer.dim
@@ -108,7 +108,7 @@ class Blip2QFormer(Captioner):
             ValueError: if a text has no token at all.
         """
         refuse_empty(attention_mask)
-        hidden = self.qformer.encode_text(self.classed(tokens), attention_mask)
+        hidden = self.qformer.encode_text(self.with_cls_token(tokens), attention_mask)
         return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
     def match(self, visual: Visual, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Blip2QFormer(Captioner):
             tokens: (n q) long, padded on the right.
             attention_mask: (n q) bool.
         """
-        queries = self.qformer(visual, self.classed(tokens), attention_mask)
+        queries = self.qformer(visual, self.with_cls_token(tokens), attention_mask)
         return self.itm_head(queries.mean(1))  # The mean of all queries' logits.
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Blip2QFormer(Captioner):
         x = self.head_norm(F.gelu(self.head_dense(hidden)))
         return linear(x, self.qformer.tok_embed.weight, self.head_bias)
 
-    def classed(self, tokens: Tensor) -> Tensor:
+    def with_cls_token(self, tokens: Tensor) -> Tensor:
         """Texts (n q) as they are compared and matched."""
         if self.cls_token_id is None:
             return tokens

@@ -60,7 +60,7 @@ class CoCa(Captioner):
         ValueError: if the parts do not fit.
     """
 
-    unread = NATIVE
+    unsupported_fields = NATIVE
 
     def __init__(
         self,

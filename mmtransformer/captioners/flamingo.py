@@ -126,7 +126,7 @@ class Flamingo(Captioner):
         ValueError: if the parts do not fit, or there is no such block.
     """
 
-    unread = ("image_sizes", *INSTRUCTION)
+    unsupported_fields = ("image_sizes", *INSTRUCTION)
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ class Llava(Captioner):
         self.vision_feature_layers, self.keep_prefix_tokens = layers, keep_prefix_tokens
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if tiles.pinpoints else None
         if tiles.pinpoints:
-            self.unread = tuple(name for name in self.unread if name != "image_sizes")
+            self.unsupported_fields = tuple(name for name in self.unsupported_fields if name != "image_sizes")
         if layers is not None:  # What stands behind the last of them gets no gradient.
             last = max(layer % vision.depth for layer in layers)
             for part in (vision.norm, vision.pool_norm, *vision.blocks[last + 1 :]):
@@ -111,14 +111,14 @@ class Llava(Captioner):
         if self.newline is None:
             return [x.flatten(0, 1) for x in images]
         found = []
-        for x, pictures in zip(images, self.pictures(batch), strict=True):
+        for x, pictures in zip(images, self.image_tiles(batch), strict=True):
             parts = x.split([1 + rows * columns for _, (rows, columns) in pictures])
             grid = self.token_grid(batch)
             joined = (self.tiles.join(part, *p, grid, self.newline) for part, p in zip(parts, pictures, strict=True))
             found.append(torch.cat(list(joined)))
         return found
 
-    def pictures(self, batch: CaptionBatch) -> list[list[tuple[Size, Size]]]:
+    def image_tiles(self, batch: CaptionBatch) -> list[list[tuple[Size, Size]]]:
         """Each sample's pictures: their sizes, px, and their rows and columns of tiles.
 
         Raises:
@@ -143,7 +143,7 @@ class Llava(Captioner):
         gh, gw = self.grid(batch)
         return gh // self.connector.pixel_shuffle, gw // self.connector.pixel_shuffle
 
-    def embeds(self, batch: CaptionBatch) -> Tensor:
+    def inputs_embeds(self, batch: CaptionBatch) -> Tensor:
         """Embeddings of the text, with the images' tokens at their placeholders: (n q e).
 
         Raises:
@@ -162,7 +162,7 @@ class Llava(Captioner):
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
-        x = self.embeds(batch)
+        x = self.inputs_embeds(batch)
         positions = self.decoder.position_ids(x)
         return self.decoder.forward_embeds(self.decoder.add_positions(x, positions), positions)
 
@@ -170,7 +170,8 @@ class Llava(Captioner):
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, DecoderState]:
         """Encodes the images once and reads the left-padded prompts; see `Captioner.prefill`."""
-        x, attention_mask = self.embeds(batch), None if bool(batch.attention_mask.all()) else batch.attention_mask
+        x = self.inputs_embeds(batch)
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         state = self.decoder.new_state(x.shape[1] + max_new_tokens)
         positions = self.decoder.position_ids(x, attention_mask, state=state)
         hidden = self.decoder.forward_embeds(
@@ -200,7 +201,7 @@ class Llava(Captioner):
             shape = batch.visual.shape[:2]
             real = weights.new_ones(shape, dtype=torch.bool) if batch.image_mask is None else batch.image_mask
         else:
-            real, pictures = batch.image_sizes.any(-1), self.pictures(batch)  # type: ignore[attr-defined]
+            real, pictures = batch.image_sizes.any(-1), self.image_tiles(batch)  # type: ignore[attr-defined]
         maps = weights.new_zeros(*weights.shape[:2], real.shape[1], rows, columns)
         for i, (seen, at) in enumerate(zip(weights, place, strict=True)):
             sample, seen = i * len(real) // len(weights), seen[:, at]

@@ -33,7 +33,7 @@ class PrefixCaptioner(Captioner):
         ValueError: if the squares do not tile the grid of patches, or the decoder has no room for text.
     """
 
-    unread = NATIVE
+    unsupported_fields = NATIVE
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class VisionEncoderDecoder(Captioner):
         ValueError: if the widths of the parts do not fit.
     """
 
-    unread = NATIVE
+    unsupported_fields = NATIVE
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.image_files import ImageFiles
     from mmtransformer.generation.captions import CaptionResult, PromptBuilder
     from mmtransformer.pipelines.caption_files import CaptionFile
-    from mmtransformer.pipelines.few_shot import FewShot
+    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
 
@@ -51,7 +51,7 @@ def run(name: str, words: Sequence[str]) -> int:
     heat = None
     if len(devices) == 1 and todo:
         model, prompt_builder = _start(args, devices[0])
-        model.ready(prepack=len(images) > 1)  # prepacked weights pay from the second picture on
+        model.inference_model(prepack=len(images) > 1)  # prepacked weights pay from the second picture on
         results = job.here(model, prompt_builder, todo)
         heat = _Heatmaps(model, prompt_builder, Path(args.heatmap)) if args.heatmap else None
     else:
@@ -205,15 +205,15 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     return model, model.prompt_builder(args.prompt, None if args.examples is None else _examples(model, args))
 
 
-def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
+def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShotPromptBuilder":
     """The examples of --examples: those to train on where the data names any, else all."""
     from mmtransformer.data.files.read_options import ReadOptions
     from mmtransformer.data.opening import open_pairs
-    from mmtransformer.pipelines.few_shot import FewShot
+    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
 
     source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])
     splits = source.splits()
-    return FewShot(
+    return FewShotPromptBuilder(
         source.split("train" if "train" in splits else splits[0]),
         model.model,
         model.tokenizer,

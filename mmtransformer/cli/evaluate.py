@@ -215,14 +215,14 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
 
 
 def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "PromptBuilder | None":
-    from mmtransformer.pipelines.few_shot import FewShot
+    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
 
     if args.num_shots is None:
         return None
     examples = _source(args, model).split("train")
     choose = "nearest" if args.nearest else "random"
     parts = (examples, model.model, model.tokenizer, model.transform)
-    return FewShot(*parts, num_shots=args.num_shots, choose=choose)
+    return FewShotPromptBuilder(*parts, num_shots=args.num_shots, choose=choose)
 
 
 def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = False) -> "PairSource[Pairs]":

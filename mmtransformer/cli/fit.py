@@ -113,7 +113,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.callbacks.limits import Limits
     from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.callbacks.throughput import Throughput
-    from mmtransformer.training.engine.checkpoints import CheckpointFiles
+    from mmtransformer.training.engine.checkpoints import AtomicCheckpointIO
     from mmtransformer.training.engine.log import MetricsLog
     from mmtransformer.training.engine.precision import asked_for, pick_precision, set_up_process
     from mmtransformer.training.engine.sharded import Sharded, number_format
@@ -214,12 +214,12 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 extra.append(LastCheckpoint())
             mine = {type(callback) for callback in config.callbacks or []}
             files = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
-            if other := [type(plugin).__name__ for plugin in files if not isinstance(plugin, CheckpointFiles)]:
+            if other := [type(plugin).__name__ for plugin in files if not isinstance(plugin, AtomicCheckpointIO)]:
                 raise ValueError(
-                    f"trainer.plugins: {other[0]} is no CheckpointFiles: others neither survive being killed nor "
+                    f"trainer.plugins: {other[0]} is no AtomicCheckpointIO: others neither survive being killed nor "
                     f"look a file through before they read it; derive yours from it"
                 )
-            plugins += [] if files else [CheckpointFiles()]
+            plugins += [] if files else [AtomicCheckpointIO()]
             config.plugins = plugins
             extra = [callback for callback in extra if type(callback) not in mine]
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.documents.interleaved import InterleavedFiles as InterleavedFiles
     from mmtransformer.data.files.read_options import ReadOptions as ReadOptions
     from mmtransformer.data.files.read_options import TextReadOptions as TextReadOptions
-    from mmtransformer.data.files.shards import Shards as Shards
+    from mmtransformer.data.files.shards import TarShards as TarShards
     from mmtransformer.data.hub_pairs import HubPairs as HubPairs
     from mmtransformer.data.interleaved_data import InterleavedData as InterleavedData
     from mmtransformer.data.loading.features import FeatureCacheConfig as FeatureCacheConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.scenes.parallel import SceneTranslations as SceneTranslations
     from mmtransformer.data.scenes.scene_documents import SceneDocuments as SceneDocuments
     from mmtransformer.data.scenes.scenes import Scenes as Scenes
-    from mmtransformer.data.scenes.world import World as World
+    from mmtransformer.data.scenes.world import SceneWorld as SceneWorld
     from mmtransformer.data.text_only.masked import MaskedTextData as MaskedTextData
     from mmtransformer.data.text_only.text_source import CaptionTexts as CaptionTexts
     from mmtransformer.data.text_only.text_source import TextFiles as TextFiles

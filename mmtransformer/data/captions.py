@@ -39,9 +39,9 @@ class CaptionData(DataModule):
     """Pictures with captions, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
-        source: Where the pairs come from, such as `PairFiles`, `Shards`, `Scenes`, or a `Mixture` of some; or a path: a
-            folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip, tar or shards, whose format is detected. Of
-            interleaved documents each picture is taken with the text that follows it.
+        source: Where the pairs come from, such as `PairFiles`, `TarShards`, `Scenes`, or a `Mixture` of some; or a
+            path: a folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip, tar or shards, whose format is
+            detected. Of interleaved documents each picture is taken with the text that follows it.
         read: How a path is read, such as the names of columns, where that is not to be detected.
         transform: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where
             it is a public one, else `ImageTransform()` at its size. A saved model that is fine-tuned brings its own.

@@ -104,7 +104,7 @@ class ClassDataset(Dataset[ClassSample]):
         """Height and width that a picture may be decoded at: in training only, less than all of it."""
         if not self.training:
             return None
-        return self.transform.enough(self.augment, generator(self.seed, epoch, at, 4))
+        return self.transform.decode_size(self.augment, generator(self.seed, epoch, at, 4))
 
 
 def collate(samples: list[ClassSample]) -> ClassBatch:

@@ -16,7 +16,7 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.files.archives import Files, Selection
 from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.files.shards import Shards, find_shards
+from mmtransformer.data.files.shards import TarShards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
 from mmtransformer.data.formats.readers import SUFFIXES
 from mmtransformer.data.hub_pairs import HubPairs, open_dataset
@@ -58,8 +58,8 @@ def open_pairs(
     max_bad_fraction: float = 0.01,
     splits: Collection[str] | None = None,
     hub: HubOptions = HubOptions(),  # noqa: B008 (frozen)
-) -> PairFiles | Shards | InterleavedPairs | HubPairs:
-    """Opens what a path names: `Shards`, the pictures of `InterleavedFiles` with the texts after them, or `PairFiles`.
+) -> PairFiles | TarShards | InterleavedPairs | HubPairs:
+    """Opens what a path names: `TarShards`, the pictures of `InterleavedFiles` with texts after them, or `PairFiles`.
 
     A data set whose files a card or names share out to splits is `HubPairs` of these.
 
@@ -95,7 +95,7 @@ def open_pairs(
 
 def _open_files(
     root: str | Path, read: ReadOptions, *, max_bad_fraction: float
-) -> PairFiles | Shards | InterleavedPairs:
+) -> PairFiles | TarShards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.image_folder is None and are_shards(root):
             _refuse(read, "tar shards", "encoding", "languages")
@@ -105,7 +105,7 @@ def _open_files(
                 "normalize": read.plain,
                 "val_fraction": read.val_fraction,
             }
-            return Shards(shards, **options, max_bad_fraction=max_bad_fraction)
+            return TarShards(shards, **options, max_bad_fraction=max_bad_fraction)
         if (found := find_kept(root, read)) is not None and not found.documents:  # before anything is listed
             return PairFiles(root, read, max_bad_fraction=max_bad_fraction, found=found)
         if are_documents(root):

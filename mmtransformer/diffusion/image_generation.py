@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.diffusion.guidance import guided
-from mmtransformer.diffusion.solvers import Solver, step_times, walk
+from mmtransformer.diffusion.solvers import Solver, integrate, step_times
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.modes import evaluation_mode
@@ -26,7 +26,7 @@ class ImageGenerationConfig:
         num_inference_steps: steps from noise to image.
         guidance_scale: how much more the image follows the text than the model would by itself (classifier-free
             guidance); 1 = no guidance, at half the work.
-        solver: "euler", "heun" or "dpm"; see `solvers.walk`. Heun runs the model twice a step.
+        solver: "euler", "heun" or "dpm"; see `solvers.integrate`. Heun runs the model twice a step.
         time_shift: above 1, more of the steps are at high noise; see `solvers.step_times`.
 
     Raises:
@@ -126,7 +126,7 @@ def generate_images(
             x = model.diffusion.noised(edit.images, noise, begin)
         times = step_times(config.num_inference_steps, start, shift=config.time_shift)
         look = guided(predict, config.guidance_scale) if steered else predict
-        steps = walk(look, x, model.diffusion, times, config.solver)
+        steps = integrate(look, x, model.diffusion, times, config.solver)
         for number, (x, image) in enumerate(steps, 1):
             if edit is not None and edit.mask is not None:
                 now = torch.full((len(noise),), times[number], device=noise.device)

@@ -75,12 +75,12 @@ class DiffusionConfig:
 
     def noised(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """The images on their way: (b ...)."""
-        alpha, sigma = (spread(level, images) for level in self.levels(times))
+        alpha, sigma = (append_dims(level, images) for level in self.levels(times))
         return alpha * images + sigma * noise
 
     def velocity(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """dx/dt of the path through an image and a noise: (b ...)."""
-        of_image, of_noise = (spread(rate, images) for rate in self._rates(times))
+        of_image, of_noise = (append_dims(rate, images) for rate in self._rates(times))
         return of_image * images + of_noise * noise
 
     def image_of(self, predicted: Tensor, x: Tensor, times: Tensor) -> Tensor:
@@ -90,10 +90,10 @@ class DiffusionConfig:
         """
         if self.prediction_type == "image":
             return predicted
-        alpha, sigma = (spread(level, x) for level in self.levels(times))
+        alpha, sigma = (append_dims(level, x) for level in self.levels(times))
         if self.prediction_type == "noise":
             return (x - sigma * predicted) / alpha.clamp(min=1e-3)
-        rate, noise_rate = (spread(level, x) for level in self._rates(times))
+        rate, noise_rate = (append_dims(level, x) for level in self._rates(times))
         # x = alpha image + sigma noise and v = rate image + noise_rate noise; the determinant is 1 or pi / 2.
         return (noise_rate * x - sigma * predicted) / (noise_rate * alpha - rate * sigma)
 
@@ -101,7 +101,7 @@ class DiffusionConfig:
         """The velocity that a prediction stands for: (b ...)."""
         if self.prediction_type == "velocity":
             return predicted
-        alpha, sigma = (spread(level, x) for level in self.levels(times))
+        alpha, sigma = (append_dims(level, x) for level in self.levels(times))
         image = self.image_of(predicted, x, times)
         noise = predicted if self.prediction_type == "noise" else (x - alpha * image) / sigma.clamp(min=LEAST_TIME)
         return self.velocity(image, noise, times)
@@ -121,10 +121,10 @@ class DiffusionConfig:
             alpha, sigma = self.levels(times)
             rate, noise_rate = self._rates(times)
             weight = rate - noise_rate * alpha / sigma.clamp(min=LEAST_TIME)
-            error = spread(weight, images) * (predicted - images)
+            error = append_dims(weight, images) * (predicted - images)
         return error.square().flatten(1).mean(1)
 
 
-def spread(numbers: Tensor, x: Tensor) -> Tensor:
+def append_dims(numbers: Tensor, x: Tensor) -> Tensor:
     """One number an image, to be multiplied with images: (b) -> (b 1 ... 1)."""
     return numbers.view(-1, *[1] * (x.ndim - 1)).to(x)

@@ -1,4 +1,4 @@
-"""Walking the path back, from noise to an image, in few steps: Euler, Heun, DPM-Solver++."""
+"""Integrating the path back, from noise to an image, in few steps: Euler, Heun, DPM-Solver++."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,14 +19,14 @@ def step_times(steps: int, start: float = 1.0, *, shift: float = 1.0) -> list[fl
 
     Args:
         steps: at least 1.
-        start: where the walk begins; 1 = pure noise.
+        start: where the integration begins; 1 = pure noise.
         shift: above 1, more of the steps are spent where there is much noise (arXiv:2403.03206, section 5.3.2).
     """
     even = [start * (1 - i / steps) for i in range(steps + 1)]
     return [shift * t / (1 + (shift - 1) * t) for t in even]
 
 
-def walk(
+def integrate(
     predict: Predict, noise: Tensor, diffusion: DiffusionConfig, times: list[float], solver: Solver = "heun"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images with less and less noise.

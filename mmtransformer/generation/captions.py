@@ -135,7 +135,7 @@ def write_captions(
         c,
         eos_id=tokenizer.eos_ids,
         force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size) if c.force_words else (),
-        noise_keys=checksums(batch, given) if c.do_sample else None,
+        row_seeds=checksums(batch, given) if c.do_sample else None,
     )
     found: list[list[CaptionResult]] = []
     keep = prompt_builder is not None and prompt_builder.keeps_prompt
@@ -191,8 +191,8 @@ def stream_caption(
         raise ValueError("force_words need beams, and a caption that is streamed has none")
     given, batch = batch, with_prompts(batch, tokenizer, [language], prompt_builder, mark=generation.add_image_tokens)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
-    noise_keys = checksums(batch, given) if c.do_sample else None
-    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, noise_keys=noise_keys)
+    row_seeds = checksums(batch, given) if c.do_sample else None
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, row_seeds=row_seeds)
     ids: list[int] = []
     text, shown = "", 0
     for (token,) in tokens:

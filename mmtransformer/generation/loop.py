@@ -30,7 +30,7 @@ def generate(
     *,
     eos_id: int | Sequence[int],
     force_words_ids: ForcedWords | Sequence[Word] = (),
-    noise_keys: Sequence[int] | None = None,
+    row_seeds: Sequence[int] | None = None,
     **changes: Any,
 ) -> list[list[GenerationResult]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
@@ -43,7 +43,7 @@ def generate(
         config: how to search; greedily unless told.
         eos_id: the id that ends a text, or several.
         force_words_ids: words that must come, each as the ways to spell it in tokens; needs beams.
-        noise_keys: a number for each row that its noise comes from, besides `seed` and the number of the sample, where
+        row_seeds: a number for each row that its noise comes from, besides `seed` and the number of the sample, where
             tokens are drawn; a checksum of its pictures (or source text) and its prompt unless told.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
@@ -61,7 +61,7 @@ def generate(
         return []
     search: Search
     if c.num_beams == 1:
-        search = Sampler(batch, c, eos_ids, noise_keys)
+        search = Sampler(batch, c, eos_ids, row_seeds)
     else:
         n, size = len(batch.tokens), c.num_beams // c.num_beam_groups
         if forced.words:
@@ -81,7 +81,7 @@ def stream(
     config: GenerationConfig | None = None,
     *,
     eos_id: int | Sequence[int],
-    noise_keys: Sequence[int] | None = None,
+    row_seeds: Sequence[int] | None = None,
     **changes: Any,
 ) -> Iterator[list[int | None]]:
     """Yields tokens while they are written: what `generate` would give with the same arguments, a step at a time.
@@ -91,7 +91,7 @@ def stream(
         batch: pictures (or source texts) and prompts; prompts are padded on the left.
         config: how to search, without beams; greedily unless told.
         eos_id: the id that ends a text, or several.
-        noise_keys: see `generate`.
+        row_seeds: see `generate`.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
     Yields:
@@ -109,7 +109,7 @@ def stream(
             f"{c.num_return_sequences}"
         )
     eos_ids = torch.tensor(ends, device=batch.tokens.device)
-    search = Sampler(batch, c, eos_ids, noise_keys)
+    search = Sampler(batch, c, eos_ids, row_seeds)
     for tokens in decode_loop(model, batch, c, search):
         yield [None if end else token for end, token in zip(search.done.tolist(), tokens.tolist(), strict=True)]
         if search.done.all():

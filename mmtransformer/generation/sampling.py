@@ -26,11 +26,11 @@ class Sampler:
         batch: prompts.
         config: how to search.
         eos_ids: the ids that end a text.
-        noise_keys: for each row what its noise comes from, besides the seed; see `checksums`.
+        row_seeds: for each row what its noise comes from, besides the seed; see `checksums`.
     """
 
     def __init__(
-        self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, noise_keys: Sequence[int] | None = None
+        self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, row_seeds: Sequence[int] | None = None
     ) -> None:
         self.config, self.eos_ids = config, eos_ids
         self.expand_size, self.prompt_length = config.num_return_sequences, batch.tokens.shape[1]
@@ -41,7 +41,7 @@ class Sampler:
         self.done = torch.zeros(len(self.ids), dtype=torch.bool, device=eos_ids.device)
         self.log_probs: list[Tensor] = []
         if config.do_sample:
-            keys = checksums(batch) if noise_keys is None else noise_keys
+            keys = checksums(batch) if row_seeds is None else row_seeds
             self.noise = torch.tensor(noise(config, keys), device=eos_ids.device)
 
     def advance(self, logits: Tensor, step: int) -> tuple[None, Tensor]:
@@ -74,7 +74,7 @@ class Sampler:
         return [found[i : i + self.expand_size] for i in range(0, len(found), self.expand_size)]
 
 
-def noise(config: GenerationConfig, noise_keys: Sequence[int]) -> np.ndarray:
+def noise(config: GenerationConfig, row_seeds: Sequence[int]) -> np.ndarray:
     """The numbers that tokens are drawn with, even in [0, 1): (m t) float32.
 
     They depend on the seed, the content of the row and the number of the sample, so neither on the row's place nor on
@@ -82,7 +82,7 @@ def noise(config: GenerationConfig, noise_keys: Sequence[int]) -> np.ndarray:
     """
     rows = [
         np.random.default_rng([config.seed, key, number]).random(config.max_new_tokens, np.float32)
-        for key in noise_keys
+        for key in row_seeds
         for number in range(config.num_return_sequences)
     ]
     return np.stack(rows) * np.float32(1 - 2**-22)  # a share of 1 would, rounded, be behind the last token

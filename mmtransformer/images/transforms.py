@@ -46,7 +46,7 @@ class ImageTransform:
             from a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
         backend: Whose pixels they are. "fast" resizes with torch's kernel for bytes, in a fraction of Pillow's time and
             within three levels of 255 of it, 0.01 of a level on the mean where pictures are made smaller ("lanczos" is
-            Pillow's), and lets large JPEGs of training be decoded smaller, a level away on the mean (`enough`).
+            Pillow's), and lets large JPEGs of training be decoded smaller, a level away on the mean (`decode_size`).
             The others are the same to the bit: "timm" resizes with Pillow; "torchvision" is what transformers' image
             processors do today, on tensors of bytes, and "pil" what they do with Pillow. Where the rest is odd, timm
             and "fast" cut the middle half a pixel further on.
@@ -178,7 +178,7 @@ class ImageTransform:
         height, width = (int(side / self.crop_fraction + 1e-6) for side in self.size)
         return height, width  # 224 / (224 / 248) may be a hair below 248
 
-    def enough(
+    def decode_size(
         self, augment: "Augment | None" = None, generator: torch.Generator | None = None
     ) -> tuple[float, float] | None:
         """Height and width of a picture of training that suffice, `at_least` of `mmtransformer.images.load`.
@@ -196,7 +196,7 @@ class ImageTransform:
         """
         if self.backend != "fast" or self.resize == "native":
             return None
-        height, width = (1.0, 1.0) if augment is None or generator is None else augment.kept(generator)
+        height, width = (1.0, 1.0) if augment is None or generator is None else augment.crop_fractions(generator)
         return _GAP * self._full_size[0] / height, _GAP * self._full_size[1] / width
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Augment:
                 image = tool(image).enhance(1 + self.jitter * (2 * draw - 1))
         return image
 
-    def kept(self, generator: torch.Generator) -> tuple[float, float]:
+    def crop_fractions(self, generator: torch.Generator) -> tuple[float, float]:
         """The parts of the height and of the width that the crop keeps which a generator of this state makes."""
         area, shape = torch.rand(8, generator=generator, dtype=torch.float64)[:2].tolist()
         return (1.0, 1.0) if self.scale == (1, 1) else self._kept(area, shape)

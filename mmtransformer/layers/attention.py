@@ -140,20 +140,20 @@ class Attention(nn.Module):
         self.q_norm = norm[qk_norm]() if qk_norm else nn.Identity()
         self.k_norm = norm[qk_norm]() if qk_norm else nn.Identity()
 
-    def products(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    def project_with(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
         """What each of these layers gives for tokens that all of them read."""
         x = kernels.autocast_input(x)
         return [layer(x) for layer in layers]
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
-        k, v = self.products(context, self.k_proj, self.v_proj)
+        k, v = self.project_with(context, self.k_proj, self.v_proj)
         return KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
 
     def project(self, x: Tensor, context: Tensor | KeyValue | None = None) -> tuple[Tensor, KeyValue]:
         """Queries (b h q c), and the keys and values of the context, or of x itself where there is none."""
         if context is None:
-            q, k, v = self.products(x, self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = self.project_with(x, self.q_proj, self.k_proj, self.v_proj)
             kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
         else:
             q, kv = self.q_proj(x), context if isinstance(context, KeyValue) else self.project_kv(context)

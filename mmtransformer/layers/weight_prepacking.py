@@ -191,14 +191,14 @@ class PrepackedAttention(Attention):
         self.__dict__.update(attn.__dict__)  # Its layers, and its hooks.
         self._prepacked: _Kept = {}
 
-    def products(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-        """As `Attention.products`."""
+    def project_with(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+        """As `Attention.project_with`."""
         seen = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)  # by itself, by somebody
         prepacked = None if seen else prepacked_weight(self._prepacked, x, *layers)
         if prepacked is None and x.is_cpu and not torch.is_autocast_enabled("cpu"):
             return [layer(x) for layer in layers]
         if prepacked is None:
-            return super().products(x, *layers)
+            return super().project_with(x, *layers)
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         first = cast(PrepackedLinear, layers[0])  # else there were nothing prepacked
         return first.product(x, prepacked, bias).split_with_sizes([len(layer.weight) for layer in layers], -1)

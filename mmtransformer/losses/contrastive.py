@@ -188,7 +188,7 @@ def softmax_loss(
     return sum(_one_way(*way, label_smoothing, hardness) for way in (to_texts, to_images)) / 2  # pyright: ignore
 
 
-def harder(logits: Tensor, negative: Tensor, hardness: float) -> Tensor:
+def hard_negative_log_weights(logits: Tensor, negative: Tensor, hardness: float) -> Tensor:
     """The logarithms of the negatives' weights (m k), 0 of what is none; see `softmax_loss`."""
     steep = (hardness * logits.detach()).masked_fill(~negative, torch.finfo(logits.dtype).min)
     weights = steep.log_softmax(-1) + negative.sum(-1, keepdim=True).clamp(min=1).to(steep.dtype).log()
@@ -198,7 +198,7 @@ def harder(logits: Tensor, negative: Tensor, hardness: float) -> Tensor:
 def _one_way(logits: Tensor, same: Tensor, real: Tensor, smoothing: float, hardness: float) -> Tensor:
     asked = same.any(1)  # Not padding samples, nor images without a text.
     if hardness:
-        logits = logits + harder(logits, real & ~same, hardness)
+        logits = logits + hard_negative_log_weights(logits, real & ~same, hardness)
     log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
     targets = same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)
     if smoothing:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.losses.contrastive import Similarity, compare, harder
+from mmtransformer.losses.contrastive import Similarity, compare, hard_negative_log_weights
 from mmtransformer.losses.distributed import global_mean
 
 
@@ -49,5 +49,5 @@ def sigmoid_loss(
     same, real = s.texts_of_images(), (s.image_ids >= 0)[:, None] & (s.all_text_ids >= 0)
     losses = -F.logsigmoid(logits.where(same, -logits))
     if hardness:
-        losses = losses * harder(logits, real & ~same, hardness).exp()
+        losses = losses * hard_negative_log_weights(logits, real & ~same, hardness).exp()
     return global_mean((losses * real).sum(), (s.text_ids >= 0).sum())

@@ -51,8 +51,8 @@ def check_reader(captioner: Captioner, *, blind: bool = False) -> None:
         )
 
 
-class FewShot:
-    """Puts examples before every picture: give it to `ImageCaptioner(...)(images, prompt_builder=FewShot(...))`.
+class FewShotPromptBuilder:
+    """Puts examples before every picture: `ImageCaptioner(...)(images, prompt_builder=FewShotPromptBuilder(...))`.
 
     The examples of a picture depend on the picture, the seed and nothing else, so neither on its batch.
 

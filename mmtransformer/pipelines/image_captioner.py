@@ -55,7 +55,7 @@ _READY = threading.Lock()
 class ImageCaptioner(Pipeline[Captioner]):
     """Captions pictures with a trained model.
 
-    With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are prepacked.
+    With the first picture the model is made ready (`inference_model`): on a CPU its linear weights are prepacked.
 
     Args:
         model: The model.
@@ -153,7 +153,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             processor=processor,
         )
 
-    def ready(self, *, prepack: bool = True) -> Captioner:
+    def inference_model(self, *, prepack: bool = True) -> Captioner:
         """The model as it captions: in its precision, prepacked on a CPU (`weight_prepacking.for_inference`), in place.
 
         From the first picture on, what `save_pretrained` writes is in its precision.
@@ -226,7 +226,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             prompt: The words that a public model captions after, or those for each picture; its own unless told.
             language: Its code, if the model knows several; else the first one.
             generation: How to search, in place of the model's own settings.
-            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
+            prompt_builder: Makes the prompts: `FewShotPromptBuilder` puts examples before each picture.
             batch_size: Pictures at once.
             changes: Single settings of the search, such as `num_beams=5` or `num_return_sequences=3` (as
                 `GenerationConfig.updated`).
@@ -249,9 +249,8 @@ class ImageCaptioner(Pipeline[Captioner]):
             with fast_autocast(self.device):
                 made = self.prompt_builder(words, prompt_builder)
                 batch = self.batch_of([self.prepare(load(image)) for image in some])
-                rows = write_captions(
-                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompt_builder=made
-                )
+                args = self.inference_model(), self.tokenizer, batch, [language]
+                rows = write_captions(*args, generation=generation, prompt_builder=made)
             captions += [row[0] for row in rows]
         return captions
 
@@ -262,7 +261,7 @@ class ImageCaptioner(Pipeline[Captioner]):
 
         Args:
             prompt: The words that a public model captions after, or those for each picture; its own unless told.
-            given: What makes them in any case, such as `FewShot`.
+            given: What makes them in any case, such as `FewShotPromptBuilder`.
 
         Raises:
             ValueError: If there are words that nothing would read.
@@ -309,7 +308,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             prompt: The words that a public model captions after; its own unless told.
             language: The captions' language; the first one that the model knows unless told.
             generation: How to search, in place of the model's own settings.
-            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
+            prompt_builder: Makes the prompts: `FewShotPromptBuilder` puts examples before each picture.
             batch_size: Pictures at once.
             on_error: Called with each picture that cannot be used, and why; in its place an empty list is yielded. None
                 raises the error.
@@ -359,7 +358,8 @@ class ImageCaptioner(Pipeline[Captioner]):
         made = self.prompt_builder(prompt, prompt_builder)
         with torch.inference_mode():
             batch = self.batch([image])
-        return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompt_builder=made)
+        args = self.inference_model(), self.tokenizer, batch, language
+        return stream_caption(*args, generation=settings, prompt_builder=made)
 
     @staticmethod
     def _stream_many(
@@ -384,7 +384,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             prompt_builder: What made the prompts when it was captioned.
         """
         mark, made = self.generation.add_image_tokens, self.prompt_builder(given=prompt_builder)
-        return heatmap_of(self.ready(), self.tokenizer, self.batch([image]), caption, made, mark=mark)
+        return heatmap_of(self.inference_model(), self.tokenizer, self.batch([image]), caption, made, mark=mark)
 
     def prepare(self, image: Image) -> Any:
         """What a picture is before it is in a batch: its pixels, for most models (3 height width)."""

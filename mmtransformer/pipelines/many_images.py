@@ -38,7 +38,7 @@ class Model(Protocol):
     transform: ImageTransform
     generation: GenerationConfig
 
-    def ready(self) -> Captioner:
+    def inference_model(self) -> Captioner:
         """The model as it captions."""
         ...
 
@@ -165,7 +165,7 @@ def _captions(
     with fast_autocast(model.device):
         batch, made = model.batch_of(prepared), model.prompt_builder(words, prompt_builder)
         return write_captions(
-            model.ready(), model.tokenizer, batch, languages, generation=generation, prompt_builder=made
+            model.inference_model(), model.tokenizer, batch, languages, generation=generation, prompt_builder=made
         )
 
 

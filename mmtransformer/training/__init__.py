@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from mmtransformer.training.callbacks.samples import SamplePrinter as SamplePrinter
     from mmtransformer.training.callbacks.saving import LastCheckpoint as LastCheckpoint
     from mmtransformer.training.callbacks.saving import SignalExit as SignalExit
+    from mmtransformer.training.engine.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from mmtransformer.training.engine.checkpoints import CheckpointError as CheckpointError
-    from mmtransformer.training.engine.checkpoints import CheckpointFiles as CheckpointFiles
     from mmtransformer.training.engine.guard import NonFiniteError as NonFiniteError
-    from mmtransformer.training.engine.optim import Optim as Optim
+    from mmtransformer.training.engine.optim import OptimConfig as OptimConfig
     from mmtransformer.training.engine.precision import pick_precision as pick_precision
     from mmtransformer.training.engine.run import Run as Run
     from mmtransformer.training.engine.task import Task as Task
@@ -29,6 +29,6 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.masked_language_modeling import MaskedLanguageModeling as MaskedLanguageModeling
     from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1 as QFormerStage1
     from mmtransformer.training.tasks.translation import Translation as Translation
-    from mmtransformer.training.tasks.tuning import Tuning as Tuning
+    from mmtransformer.training.tasks.tuning import TuningConfig as TuningConfig
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

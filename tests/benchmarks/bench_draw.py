@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.diffusion.guidance import guided
 from mmtransformer.diffusion.paths import DiffusionConfig
-from mmtransformer.diffusion.solvers import walk
+from mmtransformer.diffusion.solvers import integrate
 from mmtransformer.weights import dit_to_diffusers
 
 with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def scheduler() -> Any:
 def our_drawing(model: DiffusionTransformer, noise: Tensor, texts: Tensor) -> Tensor:
     contexts, x = model.project_context(texts), noise
     look = guided(lambda x, times: model(x, times, contexts), SCALE)
-    for x, _ in walk(look, noise, DiffusionConfig("linear", "velocity"), scheduler().sigmas.tolist(), "dpm"):  # noqa: B007
+    for x, _ in integrate(look, noise, DiffusionConfig("linear", "velocity"), scheduler().sigmas.tolist(), "dpm"):  # noqa: B007
         pass
     return x
 

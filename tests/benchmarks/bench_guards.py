@@ -24,7 +24,7 @@ from mmtransformer.serialization import pretrained
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.optim import Optim, adamw
+from mmtransformer.training.engine.optim import OptimConfig, adamw
 from mmtransformer.training.tasks.captioning import Captioning
 
 
@@ -117,7 +117,7 @@ def main() -> None:
             callbacks=[clock, First(), Throughput(), Last(every_n_minutes=1e6)],
         )  # fmt: skip
         loader = torch.utils.data.DataLoader(batches(args.steps, args.size), batch_size=None)  # type: ignore[arg-type]
-        trainer.fit(Timed(model(), optim=Optim()), train_dataloaders=loader)
+        trainer.fit(Timed(model(), optim=OptimConfig()), train_dataloaders=loader)
     guarded = [end - begin for begin, end in zip(clock.guarded, ends, strict=True)]
     skip = 5  # the counted batch, and the first ones
     pairs = list(zip(guarded[skip:], clock.plain[skip:], strict=True))

@@ -66,7 +66,7 @@ def opened(data: bytes) -> Image.Image:
 
 def in_training(transform: ImageTransform, augment: Augment, data: bytes) -> Tensor:
     """As the datasets do it."""
-    image = load(data, at_least=transform.enough(augment, torch.Generator().manual_seed(3)))
+    image = load(data, at_least=transform.decode_size(augment, torch.Generator().manual_seed(3)))
     return transform(augment(image, torch.Generator().manual_seed(3)))
 
 

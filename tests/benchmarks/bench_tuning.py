@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from mmtransformer import CaptionBatch, caption_loss
 from mmtransformer.layers.weight_prepacking import for_inference
-from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.training.tasks.tuning import TuningConfig
 from mmtransformer.weights import from_blip, load_blip
 
 WORDS = 16
@@ -113,7 +113,7 @@ class Step:
 
 def steps(peer: Any, ours: Any, rows: int, side: int, first: int) -> tuple[Step, Step]:
     """The same step of both: captions of 8 to 16 words."""
-    Tuning(("vision", "decoder"), "lora").apply(ours)
+    TuningConfig(("vision", "decoder"), "lora").apply(ours)
     peer.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=["qkv", "query", "value"]), peer)
     tokens = torch.randint(1000, 30000, (rows, WORDS + 2))

@@ -23,7 +23,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import COMMANDS, fit, main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.scenes.world import World
+from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.evaluation.evaluation import Evaluation
 from mmtransformer.training.evaluation.predictions import save_scenes
@@ -133,7 +133,7 @@ def test_help_is_quick() -> None:
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
         (
             [*FINETUNE, "--data.source=PAIRS", "--model.tuning.how=lora"],
-            "Tuning has none); it has parts, method, num_blocks, rank",
+            "TuningConfig has none); it has parts, method, num_blocks, rank",
         ),
         (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
         (["check", "PAIRS", "--language", "de"], 'did you mean "--default-language"?'),
@@ -366,7 +366,7 @@ def test_evaluate_draws_the_scenes_that_the_model_was_scored_on(
     words = ["evaluate", "--model", str(folder), "--data", "scenes", "--limit", "3", "--captions-out"]
     code, _, err = mmt(capsys, *words, str(tmp_path / "default.jsonl"))
     assert (code, "it is not known which scenes it was scored on" in err) == (0, True)
-    source = Scenes(image_size=32, seed=7, val_size=2, world=World(group_shares=(1.0,), max_count=1))
+    source = Scenes(image_size=32, seed=7, val_size=2, world=SceneWorld(group_shares=(1.0,), max_count=1))
     save_scenes(folder, source)
     code, _, err = mmt(capsys, *words, str(tmp_path / "own.jsonl"))
     assert (code, "not known" in err) == (0, False)

@@ -23,7 +23,7 @@ from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.cli.guards.errors import one_line
 from mmtransformer.cli.guards.trust import BUILDERS, _builds, _object, check_names
-from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, newest
+from mmtransformer.training.engine.checkpoints import AtomicCheckpointIO, CheckpointError, newest
 from mmtransformer.weights import load_lm
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_a_checkpoint_runs_nothing(kind: str, tmp_path: Path, harm: Path) -> Non
     path.write_bytes(CHECKPOINTS[kind](harm))
     assert not harm.exists()
     with pytest.raises(CheckpointError, match=r"last\.ckpt: ") as caught:
-        CheckpointFiles().load_checkpoint(path)
+        AtomicCheckpointIO().load_checkpoint(path)
     assert "\n" not in str(caught.value)
     newest(tmp_path)
     assert not harm.exists()

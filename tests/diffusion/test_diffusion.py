@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmtransformer.diffusion.guidance import guided
 from mmtransformer.diffusion.paths import LEAST_TIME, DiffusionConfig
-from mmtransformer.diffusion.solvers import step_times, walk
+from mmtransformer.diffusion.solvers import integrate, step_times
 
 MEAN, SPREAD = 0.7, 0.3
 
@@ -94,7 +94,7 @@ def test_solvers_follow_the_flow_at_their_order(path: str, prediction_type: str,
             mean, scale = 0.002 * MEAN, begin
         x = mean + scale * z
         times = sorted({*[t for t in times if t > LEAST_TIME], LEAST_TIME}, reverse=True)
-        for last, _ in walk(lambda y, t: exact(diffusion, y, t.double()), x, diffusion, times, solver):  # type: ignore[arg-type]  # noqa: B007
+        for last, _ in integrate(lambda y, t: exact(diffusion, y, t.double()), x, diffusion, times, solver):  # type: ignore[arg-type]  # noqa: B007
             pass
         alpha, sigma = (float(a) for a in diffusion.levels(torch.tensor(LEAST_TIME, dtype=torch.float64)))
         want = alpha * MEAN + math.hypot(alpha * SPREAD, sigma) * z
@@ -108,11 +108,11 @@ def test_solvers_follow_the_flow_at_their_order(path: str, prediction_type: str,
 def test_the_last_step_gives_the_clean_image() -> None:
     x = torch.randn(3, 4)
     for solver in ("euler", "heun", "dpm"):
-        *_, (last, image) = walk(lambda y, t: y * 0 + 5, x, DiffusionConfig(), step_times(4), solver)  # type: ignore[arg-type]
+        *_, (last, image) = integrate(lambda y, t: y * 0 + 5, x, DiffusionConfig(), step_times(4), solver)  # type: ignore[arg-type]
         assert torch.equal(last, torch.full_like(x, 5.0))
         assert torch.equal(image, last)
     with pytest.raises(ValueError, match='unknown solver "rk4": known are euler, heun, dpm'):
-        next(walk(lambda y, t: y, x, DiffusionConfig(), [1.0, 0.0], "rk4"))  # type: ignore[arg-type]
+        next(integrate(lambda y, t: y, x, DiffusionConfig(), [1.0, 0.0], "rk4"))  # type: ignore[arg-type]
 
 
 def test_step_times_fall_from_the_start_to_nothing() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.diffusion.paths import DiffusionConfig
-from mmtransformer.diffusion.solvers import step_times, walk
+from mmtransformer.diffusion.solvers import integrate, step_times
 
 STEPS = 7
 
@@ -41,7 +41,7 @@ def theirs(scheduler: Any, times: list[float]) -> list[Tensor]:
 
 
 def ours(times: list[float], solver: Any, diffusion: DiffusionConfig) -> list[Tensor]:
-    return [x for x, _ in walk(network, begin(), diffusion, times, solver)]
+    return [x for x, _ in integrate(network, begin(), diffusion, times, solver)]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

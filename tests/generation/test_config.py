@@ -13,7 +13,7 @@ from mmtransformer import AttentionConfig, Augment, GenerationConfig, ImageGener
 from mmtransformer.cli.options import add_generation_options, generation_changes
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.module import LoaderConfig
-from mmtransformer.training import Optim
+from mmtransformer.training import OptimConfig
 
 NUMBERS = [
     ("repetition_penalty", (0.0, -1.0, 1e-50, 1e300)),
@@ -100,7 +100,7 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
             "num_steps",
             'ImageGenerationConfig has no "num_steps"; did you mean "num_inference_steps"?',
         ),
-        (Optim, "warmup", 'Optim has no "warmup"; did you mean "warmup_steps"?'),
+        (OptimConfig, "warmup", 'OptimConfig has no "warmup"; did you mean "warmup_steps"?'),
         (LoaderConfig, "num_worker", 'LoaderConfig has no "num_worker"; did you mean "num_workers"?'),
         (ReadOptions, "image_colum", 'ReadOptions has no "image_colum"; did you mean "image_column"?'),
         (ImageTransform, "img_size", 'ImageTransform has no "img_size"; did you mean "image_size"?'),

@@ -377,8 +377,8 @@ def test_a_captioner_is_made_ready_with_its_first_image() -> None:
         assert type(head) is Linear
         want = write_captions(captioner.model, captioner.tokenizer, captioner.batch([image]), ["ko"])
         (said[precision],) = captioner(image, language="ko")[0]
-        assert captioner.ready().get_submodule("decoder.lm_head").weight is head.weight
-        assert type(captioner.ready().get_submodule("decoder.lm_head")) is not torch.nn.Linear
+        assert captioner.inference_model().get_submodule("decoder.lm_head").weight is head.weight
+        assert type(captioner.inference_model().get_submodule("decoder.lm_head")) is not torch.nn.Linear
         assert said[precision].log_prob == pytest.approx(want[0][0][0].log_prob, rel=0.02)
         assert captioner.heatmap(image, said[precision]).isfinite().all()
         guided = GenerationConfig(num_beams=1, guidance_scale=2.0)

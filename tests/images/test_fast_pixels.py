@@ -135,7 +135,7 @@ def test_a_scaled_decoding_differs_little() -> None:
     transform, away = ImageTransform(48), []
     for seed in range(4):
         data = jpeg(photo(900, 1200, seed))
-        scaled = load(data, at_least=transform.enough())
+        scaled = load(data, at_least=transform.decode_size())
         assert scaled.size == (150, 113)
         away.append(levels(transform, scaled) - levels(transform, load(data)))
     assert 0 < torch.stack(away).abs().mean() < 1
@@ -149,9 +149,9 @@ def test_what_is_enough_leaves_twice_what_is_seen_after_the_crop(augment: Augmen
     data = jpeg(photo(700, 1100))
     scales = set()
     for seed in range(12):
-        enough = transform.enough(augment, torch.Generator().manual_seed(seed))
-        assert enough is not None
-        image, whole = load(data, at_least=enough), load(data)
+        at_least = transform.decode_size(augment, torch.Generator().manual_seed(seed))
+        assert at_least is not None
+        image, whole = load(data, at_least=at_least), load(data)
         scales.add(round(whole.width / image.width))
         if augment is not None:
             image = augment(image, torch.Generator().manual_seed(seed))
@@ -161,7 +161,7 @@ def test_what_is_enough_leaves_twice_what_is_seen_after_the_crop(augment: Augmen
         if resize == "squash":  # of other sizes, shapes are rounded to another whole number
             assert (levels(transform, image) - levels(transform, whole)).abs().mean() < 4
     assert max(scales) >= 4
-    assert ImageTransform(backend="timm").enough(augment, torch.Generator()) is None
+    assert ImageTransform(backend="timm").decode_size(augment, torch.Generator()) is None
 
 
 class Photos:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtransformer import (
-    FewShot,
+    FewShotPromptBuilder,
     Flamingo,
     GatedBlockConfig,
     ImageCaptioner,
@@ -78,8 +78,8 @@ def captioner(visible_images: str = "last", max_len: int = 256, seed: int = 0) -
     return model
 
 
-def shots(model: Flamingo | None = None, examples: Examples | None = None, **options: object) -> FewShot:
-    return FewShot(examples or Examples(), model or captioner(), tokenizer(), TRANSFORM, **options)  # type: ignore[arg-type]
+def shots(model: Flamingo | None = None, examples: Examples | None = None, **options: object) -> FewShotPromptBuilder:
+    return FewShotPromptBuilder(examples or Examples(), model or captioner(), tokenizer(), TRANSFORM, **options)  # type: ignore[arg-type]
 
 
 def queries(*colours: str, names: bool = False) -> CaptionBatch:
@@ -191,7 +191,7 @@ def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
     (row,) = shots(num_shots=15, choose="nearest")(queries("green"), ["en"]).tokens
     assert ["green" in text.split() for text in examples_in(row)] == [False] * 12 + [True] * 3
     model, examples = captioner(), Examples()
-    near = FewShot(examples, model, tokenizer(), TRANSFORM, num_shots=15, choose="nearest")
+    near = FewShotPromptBuilder(examples, model, tokenizer(), TRANSFORM, num_shots=15, choose="nearest")
 
     def feature(image: Image.Image) -> torch.Tensor:  # by definition
         return model.forward_features(TRANSFORM(image)[None, None])[0, 0].mean(0)
@@ -294,7 +294,7 @@ def saved(folder: Path, model: Flamingo | VisionEncoderDecoder) -> Path:
 
 def test_the_pipeline_takes_examples_and_shows_where_it_looked(tmp_path: Path) -> None:
     model = ImageCaptioner.from_pretrained(saved(tmp_path, captioner()), device="cpu")
-    few = FewShot(Examples(), model.model, model.tokenizer, model.transform, num_shots=2)
+    few = FewShotPromptBuilder(Examples(), model.model, model.tokenizer, model.transform, num_shots=2)
     image = Image.new("RGB", (9, 9), (10, 200, 30))
     ((said,),) = model(image, prompt_builder=few, language="ko")
     ((plain,),) = model(image, language="ko")
@@ -382,7 +382,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         shots(choose="best")
     bare = Tokenizer(tokenizer().backend, languages=("en", "ko"))
     with pytest.raises(ValueError, match=rf"the tokenizer \({bare.vocab_size} tokens\) has no image token"):
-        FewShot(Examples(), captioner(), bare, TRANSFORM)
+        FewShotPromptBuilder(Examples(), captioner(), bare, TRANSFORM)
     with pytest.raises(ValueError, match=rf"pictures cannot be marked .* \({bare.vocab_size} tokens\)"):
         with_prompts(queries("red"), bare, ["en"], mark=True)
     two = queries("red", "blue")

@@ -197,7 +197,7 @@ def test_a_caption_is_followed_through_few_functions() -> None:
 def test_a_decoding_step_is_followed_through_few_functions() -> None:
     model = captioner()
     prompt = with_prompts(model.batch([images()[0]]), model.tokenizer, ["ko"])
-    steps = stream(model.ready(), prompt, eos_id=model.tokenizer.eos_ids, max_new_tokens=9, min_new_tokens=9)
+    steps = stream(model.inference_model(), prompt, eos_id=model.tokenizer.eos_ids, max_new_tokens=9, min_new_tokens=9)
     next(steps)
     next(steps)
     functions, _ = followed(lambda: next(steps))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer import Blip2, CaptionBatch, Captioner, PositionConfig, QFormer, TextDecoder, ViT, ViTPatchConfig
-from mmtransformer.training import Optim
+from mmtransformer.training import OptimConfig
 from mmtransformer.training.evaluation.ablation import Frozen, sized
 
 COLOURS, GRID, PATCH = 6, 6, 4
@@ -43,7 +43,7 @@ def trained(connector: str, steps: int) -> Captioner:
         model = Blip2(vision, queries, language, **frozen).train()
     else:
         model = sized(connector, vision, language, 60_000, frozen).train()
-    optim, generator = Optim(kind="muon", lr=1e-2, warmup_steps=20), torch.Generator().manual_seed(0)
+    optim, generator = OptimConfig(kind="muon", lr=1e-2, warmup_steps=20), torch.Generator().manual_seed(0)
     optimizer = optim.build(model)
     schedule = optim.schedule(optimizer, 5 * steps)
     for _ in range(steps):

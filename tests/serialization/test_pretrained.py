@@ -22,6 +22,7 @@ from mmtransformer import (
     BlipITM,
     BlipVQA,
     CoCa,
+    ConcatViT,
     DiffusionConfig,
     DiffusionTransformer,
     ExtendedVocabulary,
@@ -31,7 +32,6 @@ from mmtransformer import (
     HubDecoder,
     HubSeq2Seq,
     ImageGenerator,
-    JoinedTowers,
     LinearAttention,
     LinearConnector,
     LinearProjector,
@@ -237,7 +237,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         ViT(**VISION), TextTower(23, 20, 1, 4, max_len=17), embed_dim=9, text_bias=True, pool_heads=4, loss="sigmoid",
         hardness=0.5, freeze_vision=True,
     ),
-    "JoinedTowers": lambda: JoinedTowers(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
+    "ConcatViT": lambda: ConcatViT(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
     "VisionEncoderDecoder without connector": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(context_dim=20)),
 }  # fmt: skip
 

@@ -37,7 +37,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import Augment
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.tasks.captioning import Captioning
 from mmtransformer.training.tasks.contrastive_learning import ContrastiveLearning
@@ -83,7 +83,7 @@ def many_sizes(batch_size: int = 4, *, loader: LoaderConfig = LoaderConfig(), **
     return CaptionData(source, transform=transform, batch_size=batch_size, loader=loader, **arguments)
 
 
-def contrast(optim: Optim) -> ContrastiveLearning:
+def contrast(optim: OptimConfig) -> ContrastiveLearning:
     """Two towers with dropout, whose negatives count the more the harder they are."""
     torch.manual_seed(3)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
@@ -168,14 +168,14 @@ def fit(
     batch_size: int = 4,
     mixture: bool = False,
     captioner: Callable[[], VisionEncoderDecoder] = captioner,
-    task: Callable[[Optim], Task[CaptionData]] | None = None,
+    task: Callable[[OptimConfig], Task[CaptionData]] | None = None,
     data: Callable[..., CaptionData] = scenes,
     loading: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> str:
     """Trains in `folder`, or goes on there; a hash of the weights that come of it."""
     warnings.simplefilter("ignore")
-    optim = Optim(lr=0.01, warmup_steps=2, ema_decay=ema)
+    optim = OptimConfig(lr=0.01, warmup_steps=2, ema_decay=ema)
     module = Captioning(captioner(), optim=optim, image_ablation_batches=0) if task is None else task(optim)
     last = folder / "checkpoints" / "last.ckpt"
     trainer = pl.Trainer(

@@ -89,10 +89,10 @@ def packed_features(vit: ViT, images: PackedImages, indices: Sequence[int] | Non
     lengths = tuple(vit.num_prefix_tokens + length for length in images.lengths)
     mask, found = _mask(lengths, x.device), {}
     for i, layer in enumerate(vit.blocks[: max(wanted) + 1] if wanted else vit.blocks):
-        x = vit.through(layer, x, ropes[i], mask)
+        x = vit.forward_block(layer, x, ropes[i], mask)
         if i in wanted:
             found[i] = x
-    x = torch.cat([found[i] for i in wanted], dim=-1) if wanted else vit.normed(x)
+    x = torch.cat([found[i] for i in wanted], dim=-1) if wanted else vit.forward_norm(x)
     return list(x[0].split(lengths))
 
 

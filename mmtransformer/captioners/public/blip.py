@@ -47,7 +47,7 @@ class BlipVQA(Captioner):
                 f"the question encoder's context_dim ({question.context_dim}) must be the vision encoder's dim "
                 f"({vision.dim}), and the decoder's ({decoder.context_dim}) the question encoder's ({question.dim})"
             )
-        self.unread = (*(name for name in self.unread if name not in INSTRUCTION), "image_mask")
+        self.unsupported_fields = (*(name for name in self.unsupported_fields if name not in INSTRUCTION), "image_mask")
         self.question, self.decoder = question, decoder
 
     def read_questions(self, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:

@@ -123,10 +123,10 @@ class OpenCoCa(Captioner):
         )
         self.last_norm, self.lm_head = norm(), Linear(dim, vocab_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).log().neg())
-        for parameter in self.contrast_parameters():
+        for parameter in self.contrastive_parameters():
             parameter.requires_grad_(False)
 
-    def contrast_parameters(self) -> list[nn.Parameter]:
+    def contrastive_parameters(self) -> list[nn.Parameter]:
         """What no caption depends on: it is read for vectors of images and texts."""
         parts = (self.image_proj, self.text_norm, self.text_proj)
         return [self.end, self.logit_scale, *(parameter for part in parts for parameter in part.parameters())]

@@ -135,9 +135,9 @@ class DocumentDataset(Dataset[DocumentSample]):
 
     def _pixels(self, epoch: int, document: int, k: int) -> Tensor | None:
         places = (self.seed, epoch, document, k, 7)
-        enough = self.transform.enough(self.augment, generator(*places)) if self.training else None
+        at_least = self.transform.decode_size(self.augment, generator(*places)) if self.training else None
         try:
-            image = scaled_image(self.documents, document, k, at_least=enough)
+            image = scaled_image(self.documents, document, k, at_least=at_least)
         except ImageError as error:
             if self.bad is None:
                 raise

@@ -32,7 +32,7 @@ _MOST = 100_000  # shards that one pattern may stand for
 
 
 class ShardSplit:
-    """One split of `Shards`: pictures by index, each with its captions. Can be pickled for loader workers."""
+    """One split of `TarShards`: pictures by index, each with its captions. Can be pickled for loader workers."""
 
     def __init__(
         self, files: Files, times: Sequence[int], places: np.ndarray, names: list[str], captions: list[list[Caption]]
@@ -89,7 +89,7 @@ class ShardSplit:
         return f"{self._times[archive]} {offset} {size}"
 
 
-class Shards:
+class TarShards:
     """Pictures with captions in tar shards, as webdataset and img2dataset write them: a `PairSource`.
 
     Shards are not streamed: an index of byte offsets, made once and kept beside each shard, gives any sample by its
@@ -279,4 +279,4 @@ def _titles(paths: Sequence[Path]) -> list[str]:
     return [path.stem if often[path.stem] == 1 else str(path.with_suffix("")) for path in paths]
 
 
-__all__ = ["ShardError", "ShardSplit", "Shards", "find_shards"]
+__all__ = ["ShardError", "ShardSplit", "TarShards", "find_shards"]

@@ -147,10 +147,10 @@ class CaptionDataset(Dataset[Sample]):
             return self.transform(self.pairs.image(i))
         augment, places = self.augment, (self.seed, epoch, i, 4)
         if augment is None:
-            return self.transform(scaled_image(self.pairs, i, at_least=self.transform.enough()))
+            return self.transform(scaled_image(self.pairs, i, at_least=self.transform.decode_size()))
         augment = augment if self.rows.mirrors[i] else dataclasses.replace(augment, flip=False)
-        enough = self.transform.enough(augment, generator(*places))
-        return self.transform(augment(scaled_image(self.pairs, i, at_least=enough), generator(*places)))
+        at_least = self.transform.decode_size(augment, generator(*places))
+        return self.transform(augment(scaled_image(self.pairs, i, at_least=at_least), generator(*places)))
 
     def _augmented(self, epoch: int, i: int) -> Image:
         """A picture at its full size, changed at random in training."""

@@ -18,7 +18,7 @@ from PIL import Image
 from mmtransformer.data.scenes.meaning import Facts, GroupFacts
 from mmtransformer.data.scenes.palette import COLORS
 from mmtransformer.data.scenes.rendering import sprite
-from mmtransformer.data.scenes.world import FILLS, Relation, World
+from mmtransformer.data.scenes.world import FILLS, Relation, SceneWorld
 
 Mask = NDArray[np.bool_]
 Pixels = NDArray[np.floating]
@@ -44,7 +44,7 @@ class Found(NamedTuple):
     diameter: int
 
 
-def read(image: Image.Image, world: World = World()) -> Facts:  # noqa: B008 (frozen)
+def read(image: Image.Image, world: SceneWorld = SceneWorld()) -> Facts:  # noqa: B008 (frozen)
     """What a picture shows, in the form in which captions are judged.
 
     Every relation of two groups that can be seen is said, also those that follow from others.
@@ -67,7 +67,7 @@ def read(image: Image.Image, world: World = World()) -> Facts:  # noqa: B008 (fr
     return Facts(facts, frozenset(relation for relation in relations if relation is not None))
 
 
-def find_objects(image: Image.Image, world: World = World()) -> list[Found]:  # noqa: B008 (frozen)
+def find_objects(image: Image.Image, world: SceneWorld = SceneWorld()) -> list[Found]:  # noqa: B008 (frozen)
     """The objects of a picture, whatever groups they form; see `read`."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     ground = _background(pixels)
@@ -163,7 +163,7 @@ def _templates(shapes: tuple[str, ...], side: int) -> _Templates:
     return _Templates(kinds, np.stack(kernels).astype(np.complex64))
 
 
-def _explain(pixels: Pixels, ground: Pixels, silhouette: Mask, own: Mask, color: str, world: World) -> list[Found]:
+def _explain(pixels: Pixels, ground: Pixels, silhouette: Mask, own: Mask, color: str, world: SceneWorld) -> list[Found]:
     """The objects of one colour, the clearest first, until what is left is no object."""
     side = pixels.shape[0]
     templates = _templates(tuple(world.shapes), side)

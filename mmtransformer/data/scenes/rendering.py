@@ -24,7 +24,7 @@ def render(scene: Scene, image_size: int, clutter: float = 1.0) -> Image.Image:
     Args:
         scene: what to draw.
         image_size: side of the square picture, px.
-        clutter: strength of the noise and number of bars and specks, as in `World`.
+        clutter: strength of the noise and number of bars and specks, as in `SceneWorld`.
     """
     rng = random.Random(scene.look)
     colors = [_jitter(rng, COLORS[group.color]) for group in scene.groups]

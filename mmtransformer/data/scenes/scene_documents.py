@@ -1,7 +1,7 @@
-"""Interleaved documents of drawn scenes, without any file: pictures, and what is said of each, in one and the same way.
+"""Interleaved documents of drawn scenes, without any file: pictures, and one and the same aspect told of each.
 
-Every document has a way of speaking (`WAYS`) that all its texts keep to: a whole description, the colour alone, the
-number alone, ... Nothing but the texts before tells a picture which way it is, so a model that writes the last text
+All texts of a document tell the same aspect of their pictures (`ASPECTS`): a whole description, the colour alone, the
+number alone, ... Nothing but the texts before tells a picture which aspect it is, so a model that writes the last text
 right has learnt from the examples before it: that is what few-shot prompting is measured by (`SceneDocumentSplit.pairs`
 are the examples, `answer` the truth).
 """
@@ -18,10 +18,10 @@ from mmtransformer.data.scenes.grammar import LANGUAGES, describe
 from mmtransformer.data.scenes.rendering import render
 from mmtransformer.data.scenes.scenes import check_index
 from mmtransformer.data.scenes.words import say
-from mmtransformer.data.scenes.world import Scene, World
+from mmtransformer.data.scenes.world import Scene, SceneWorld
 
-Way = Literal["description", "color", "shape", "count", "size", "fill"]
-WAYS: tuple[Way, ...] = get_args(Way)
+Aspect = Literal["description", "color", "shape", "count", "size", "fill"]
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 _SMALLEST = 32  # px
 _OPENINGS = {
     "en": ("pictures:", "some pictures", "look at these", "an album"),
@@ -48,9 +48,9 @@ class SceneDocumentSplit:
         """The name of document i."""
         return f"scene-documents-{self.source.seed}-{self.split_name}-{check_index(i, self, 'document'):06d}"
 
-    def way(self, i: int) -> Way:
-        """The way of speaking that all texts of document i keep to."""
-        return self._chance(i, "way").choice(self.source.ways)
+    def aspect(self, i: int) -> Aspect:
+        """The aspect that all texts of document i tell."""
+        return self._chance(i, "way").choice(self.source.aspects)
 
     def language(self, i: int) -> str:
         """The language of document i."""
@@ -62,10 +62,10 @@ class SceneDocumentSplit:
 
     def document(self, i: int) -> Document:
         """The texts of document i."""
-        language, way, chance = self.language(i), self.way(i), self._chance(i, "text")
+        language, aspect, chance = self.language(i), self.aspect(i), self._chance(i, "text")
         opening = chance.choice(_OPENINGS[language]) if chance.random() < self.source.openings else ""
         count = chance.randint(*self.source.images)
-        texts = [answer(self.scene(i, k), way, language, chance) for k in range(count)]
+        texts = [answer(self.scene(i, k), aspect, language, chance) for k in range(count)]
         return Document((opening, *texts), language)
 
     def image_name(self, i: int, k: int) -> str:
@@ -83,26 +83,26 @@ class SceneDocumentSplit:
 
 
 class ScenePairs:
-    """Drawn scenes with one thing said of each, in one way and language: examples and questions of a few-shot test.
+    """Drawn scenes with one aspect told of each, in one language: examples and questions of a few-shot test.
 
     Args:
         source: the settings of the pictures.
         name: the split's name, part of the key of all chance.
         size: number of pictures.
-        way: the way of speaking.
+        aspect: what is told.
         language: the language.
     """
 
-    def __init__(self, source: "SceneDocuments", name: str, size: int, way: Way, language: str):
+    def __init__(self, source: "SceneDocuments", name: str, size: int, aspect: Aspect, language: str):
         self.source, self.split_name, self.size, self.language = source, name, size, language
-        self.way: Way = way
+        self.aspect: Aspect = aspect
 
     def __len__(self) -> int:
         """The number of pictures."""
         return self.size
 
     def name(self, i: int) -> str:
-        """The name of picture i; the same picture in all ways and languages."""
+        """The name of picture i; the same picture in all aspects and languages."""
         return f"scenes-{self.source.seed}-{self.split_name}-{i:06d}"
 
     def scene(self, i: int) -> Scene:
@@ -115,7 +115,7 @@ class ScenePairs:
 
     def captions(self, i: int) -> list[Caption]:
         """What is said of picture i."""
-        return [Caption(answer(self.scene(i), self.way, self.language, self._chance(i, "/text")), self.language)]
+        return [Caption(answer(self.scene(i), self.aspect, self.language, self._chance(i, "/text")), self.language)]
 
     def _chance(self, i: int, what: str = "") -> random.Random:
         return random.Random(f"scene pairs/{self.source.seed}/{self.split_name}/{check_index(i, self)}{what}")
@@ -130,14 +130,14 @@ class SceneDocuments:
         train_size: documents to train on.
         val_size: documents to validate on.
         images: the fewest and the most pictures of a document.
-        ways: the ways of speaking, one a document: "description", or one fact of the picture's first group: "color",
+        aspects: what may be told, one a document: "description", or one fact of the picture's first group: "color",
             "shape", "count", "size", "fill".
         languages: language codes, "en" and "ko"; one a document.
         openings: share of documents that begin with a few words before the first picture.
         world: what there is to see.
 
     Raises:
-        ValueError: a number out of range, or an unknown way or language.
+        ValueError: a number out of range, or an unknown aspect or language.
     """
 
     def __init__(
@@ -147,10 +147,10 @@ class SceneDocuments:
         train_size: int = 20000,
         val_size: int = 200,
         images: tuple[int, int] = (2, 5),
-        ways: Sequence[Way] = WAYS,
+        aspects: Sequence[Aspect] = ASPECTS,
         languages: Sequence[str] = ("en", "ko"),
         openings: float = 0.2,
-        world: World = World(group_shares=(1.0,)),  # noqa: B008 - frozen
+        world: SceneWorld = SceneWorld(group_shares=(1.0,)),  # noqa: B008 - frozen
     ):
         if image_size < _SMALLEST:
             raise ValueError(f"image_size must be at least {_SMALLEST} px, got {image_size}")
@@ -162,11 +162,11 @@ class SceneDocuments:
             raise ValueError(f"images must be the fewest (at least 1) and the most of a document, got {images}")
         if not 0 <= openings <= 1:
             raise ValueError(f"openings is a share, from 0 to 1, got {openings}")
-        for field, values, known in (("ways", ways, WAYS), ("languages", languages, tuple(LANGUAGES))):
+        for field, values, known in (("aspects", aspects, ASPECTS), ("languages", languages, tuple(LANGUAGES))):
             if not values or set(values) - set(known) or len(set(values)) < len(values):
                 raise ValueError(f"{field} must be different ones of {', '.join(known)}, got {list(values)}")
         self.image_size, self.seed = image_size, seed
-        self.images, self.ways, self.openings, self.world = images, tuple(ways), openings, world
+        self.images, self.aspects, self.openings, self.world = images, tuple(aspects), openings, world
         self.languages: tuple[str, ...] = tuple(languages)
 
     def splits(self) -> tuple[str, ...]:
@@ -183,13 +183,13 @@ class SceneDocuments:
             raise ValueError(f"scene documents have no split {name!r}; there are train, val")
         return SceneDocumentSplit(self, name)
 
-    def pairs(self, name: str, size: int, way: Way, language: str) -> ScenePairs:
-        """Pictures of their own with what is said of them in one way: examples ("shots") and questions of a test."""
-        return ScenePairs(self, name, size, way, language)
+    def pairs(self, name: str, size: int, aspect: Aspect, language: str) -> ScenePairs:
+        """Pictures of their own with one aspect told of each: examples ("shots") and questions of a test."""
+        return ScenePairs(self, name, size, aspect, language)
 
 
-def answer(scene: Scene, way: Way, language: str, rng: random.Random) -> str:
-    """What is said of a scene in one way: a description, or one fact of its first group."""
-    if way == "description":
+def answer(scene: Scene, aspect: Aspect, language: str, rng: random.Random) -> str:
+    """One aspect of a scene, told: a description, or one fact of its first group."""
+    if aspect == "description":
         return describe(scene, language, 1, rng)[0]
-    return say(scene.groups[0], way, language)
+    return say(scene.groups[0], aspect, language)

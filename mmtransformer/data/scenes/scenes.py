@@ -14,7 +14,7 @@ from PIL import Image
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import LANGUAGES, MAX_PHRASINGS, describe
 from mmtransformer.data.scenes.rendering import render
-from mmtransformer.data.scenes.world import Scene, World
+from mmtransformer.data.scenes.world import Scene, SceneWorld
 
 _SMALLEST = 32  # px; below, small shapes are blots
 
@@ -93,7 +93,7 @@ class Scenes:
     """The embedded data, a `PairSource` with the splits train, val and compositional.
 
     Pictures of val are drawn like those of train. Every picture of compositional shows a colour-shape pair that
-    train and val never show together (`World.held_out`), though each of the two is shown with others.
+    train and val never show together (`SceneWorld.held_out`), though each of the two is shown with others.
 
     Args:
         image_size: side of the square pictures, px.
@@ -122,7 +122,7 @@ class Scenes:
         languages: Sequence[str] = ("en", "ko"),
         phrasings: int = 1,
         references: int = 3,
-        world: World = World(),  # noqa: B008 - frozen
+        world: SceneWorld = SceneWorld(),  # noqa: B008 - frozen
         siblings: int = 1,
     ):
         if image_size < _SMALLEST:

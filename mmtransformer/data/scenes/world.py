@@ -111,7 +111,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class World:
+class SceneWorld:
     """How rich the scenes are. Fewer words and groups and less clutter make a world that is learnt sooner.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from mmtransformer.serialization.printable import say
-from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, remove_leftovers
+from mmtransformer.training.engine.checkpoints import SUFFIX, AtomicCheckpointIO, remove_leftovers
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.internals import (
     Place,
@@ -80,8 +80,8 @@ class LastCheckpoint(Checkpoint):
         self._from, self.earlier, self._began = 0, 0.0, time.monotonic()
         folder = self.dirpath or Path(trainer.default_root_dir) / "checkpoints"
         self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
-        if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
-            trainer.strategy.checkpoint_io = CheckpointFiles()
+        if not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.path.parent)
 

@@ -56,8 +56,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or must not be read; the message says which and why."""
 
 
-class CheckpointFiles(CheckpointIO):
-    """Writes and reads the checkpoints of a `Trainer`, as `Trainer(plugins=[CheckpointFiles()])`.
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes and reads the checkpoints of a `Trainer`, as `Trainer(plugins=[AtomicCheckpointIO()])`.
 
     A process that is killed while it saves, or a disk that is full, leaves the checkpoint that was there before.
     """

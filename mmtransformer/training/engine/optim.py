@@ -19,7 +19,7 @@ from mmtransformer.training.engine.parameters import lr_scales
 
 @known_fields
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """How weights are learned.
 
     Args:

@@ -153,7 +153,7 @@ def refuse_another_optimizer(checkpoint: Mapping[str, Any], optim: Mapping[str, 
 
     Args:
         checkpoint: The run's.
-        optim: The fields of this run's `Optim`.
+        optim: The fields of this run's `OptimConfig`.
 
     Raises:
         CheckpointError: Naming those that differ, or if the checkpoint holds no optimizer's state.

@@ -24,7 +24,7 @@ from mmtransformer.training.engine.accumulators import Means, StepAccumulator, S
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.parameters import say_what_cannot_learn, set_modes, trainable_parameters
 from mmtransformer.training.engine.resume import (
     frozen_hashes,
@@ -58,7 +58,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     validated: tuple[tuple[str, str], ...] = ()
     """What a validation's line says after the loss: a metric's name and its words, such as "{:.1%} right"."""
 
-    def __init__(self, optim: Optim) -> None:
+    def __init__(self, optim: OptimConfig) -> None:
         super().__init__()
         self.optim = optim
         self.samples_seen = self.tokens_seen = 0  # by all processes

@@ -134,8 +134,8 @@ def evaluate(
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
         n_resamples: Resampled sets behind the confidence intervals.
-        prompt_builder: Makes the prompts, with examples for instance (`FewShot`); None makes the data's, plain
-            ones for most.
+        prompt_builder: Makes the prompts, with examples for instance (`FewShotPromptBuilder`); None makes the data's,
+            plain ones for most.
 
     Returns:
         Captions and scores.

@@ -19,10 +19,10 @@ from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.scene_documents import SceneDocuments
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.pipelines.few_shot import FewShot
+from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
 from mmtransformer.training.evaluation.evaluation import evaluate
 
-_EXAMPLES = 200  # pictures that the examples of a way are chosen from
+_EXAMPLES = 200  # pictures that the examples of an aspect are chosen from
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def score_few_shot(
 ) -> FewShotScores:
     """Captions after examples of every number that is asked for.
 
-    With `SceneDocuments` each way of speaking is asked for by its examples alone, in each language; all that count are
-    answers that are right to the letter (of descriptions: their facts). With other data the examples are training
-    pictures, and the validation splits' CIDEr-D is scored.
+    With `SceneDocuments` each aspect is asked for by its examples alone, in each language; all that count are answers
+    that are right to the letter (of descriptions: their facts). With other data the examples are training pictures,
+    and the validation splits' CIDEr-D is scored.
 
     Args:
         captioner: The model, one that reads pictures anywhere in the text.
@@ -87,17 +87,19 @@ def score_few_shot(
     if isinstance(data, InterleavedData) and isinstance(data.source, SceneDocuments):
         source, most = data.source, min(data.source.sizes["val"], (limit_batches or 10**9) * data.batch_size)
         scores: dict[str, dict[int, float]] = {}
-        for way in source.ways:
+        for aspect in source.aspects:
             for language in source.languages:
-                questions = source.pairs("questions", most, way, language)
-                examples = source.pairs("examples", _EXAMPLES, way, language)
-                by = scores[f"{way}, {language}"] = {}
-                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_shots=max(num_shots))
+                questions = source.pairs("questions", most, aspect, language)
+                examples = source.pairs("examples", _EXAMPLES, aspect, language)
+                by = scores[f"{aspect}, {language}"] = {}
+                few = FewShotPromptBuilder(
+                    examples, captioner, data.tokenizer, data.transform, num_shots=max(num_shots)
+                )
                 for count in num_shots:
                     few.num_shots = count
                     with torch.autocast(device.type, autocast, autocast is not None):
                         said = _say(captioner, data, questions, few, generation, device)
-                    if way == "description":
+                    if aspect == "description":
                         by[count] = score_facts(said, [questions.scene(i) for i in range(most)], language).facts
                     else:
                         right = [_same(text, questions.captions(i)[0].text) for i, text in enumerate(said)]
@@ -106,7 +108,7 @@ def score_few_shot(
     captions = data.captions if isinstance(data, InterleavedData) else data
     examples = captions.pairs(captions.train_split)
     found: dict[str, dict[int, float]] = {}
-    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_shots=max(num_shots))
+    few = FewShotPromptBuilder(examples, captioner, captions.tokenizer, captions.transform, num_shots=max(num_shots))
     for count in num_shots:
         few.num_shots = count
         result = evaluate(
@@ -129,7 +131,7 @@ def _say(
     captioner: Captioner,
     data: InterleavedData,
     questions: Pairs,
-    few: FewShot,
+    few: FewShotPromptBuilder,
     generation: GenerationConfig,
     device: torch.device,
 ) -> list[str]:

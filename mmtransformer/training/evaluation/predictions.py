@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.scenes.world import World
+from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.pretrained import read_json
@@ -104,7 +104,7 @@ def saved_scenes(folder: Path) -> Scenes | None:
     world = values.get("world", {})
     if not isinstance(world, dict):
         raise ValueError(f"{path}: world is {world!r:.80}, not a JSON object")
-    arguments: dict[str, Any] = values | {"world": settings_of(World, world, str(path))}
+    arguments: dict[str, Any] = values | {"world": settings_of(SceneWorld, world, str(path))}
     try:
         return Scenes(**arguments)
     except (TypeError, ValueError) as error:

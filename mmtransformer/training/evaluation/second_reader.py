@@ -42,7 +42,7 @@ def read_by_captioner(
 @torch.inference_mode()
 def _features(captioner: ImageCaptioner, images: Sequence[Image.Image]) -> NDArray[np.float64]:
     """What the vision encoder makes of each picture, averaged over its tokens: (n d)."""
-    model: Any = captioner.ready()
+    model: Any = captioner.inference_model()
     found = []
     for first in range(0, len(images), 16):
         batch = captioner.batch(images[first : first + 16])

@@ -11,14 +11,14 @@ from torch import Tensor
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.grammar import describe
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.data.scenes.world import SIZES, Group, Scene, World
+from mmtransformer.data.scenes.world import SIZES, Group, Scene, SceneWorld
 from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import counted
 
 KINDS = ("shape", "color")
 
 
-def sentences(world: World, kind: str, label: str, language: str) -> list[str]:
+def sentences(world: SceneWorld, kind: str, label: str, language: str) -> list[str]:
     """What a class is told by: captions of scenes with one group that has it, and anything else.
 
     Args:
@@ -38,7 +38,7 @@ def sentences(world: World, kind: str, label: str, language: str) -> list[str]:
     return found
 
 
-def class_vectors(encoder: ImageTextEmbedder, world: World, kind: str, language: str) -> Tensor:
+def class_vectors(encoder: ImageTextEmbedder, world: SceneWorld, kind: str, language: str) -> Tensor:
     """A vector a class: the mean of its sentences' vectors, of length 1 again: (m d)."""
     labels = world.shapes if kind == "shape" else world.colors
     means = [encoder.encode_texts(sentences(world, kind, label, language)).mean(0) for label in labels]

@@ -26,14 +26,14 @@ from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization.printable import counted, say
 from mmtransformer.training.callbacks.samples import sample_captions
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import ablation_text, evaluate, image_ablation
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
-from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.training.tasks.tuning import TuningConfig
 from mmtransformer.weights.adapters import Adapter, hash_of, learned
 from mmtransformer.weights.public import base_name, open_captioner
 
@@ -59,7 +59,7 @@ class Captioning(Task):
         self,
         captioner: Captioner,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.0,
         image_ablation_batches: int = 4,
         generation: GenerationConfig = CAPTIONING,
@@ -75,7 +75,7 @@ class Captioning(Task):
             check_reader(captioner)
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
-        self.tuning: Tuning | None = None
+        self.tuning: TuningConfig | None = None
         """What of it learns, if that was said."""
 
     def loss(self, batch: CaptionBatch) -> SumAndCount:
@@ -245,9 +245,9 @@ def finetune(
     *,
     freeze_vision: bool = False,
     freeze_decoder: bool = False,
-    tuning: Tuning | None = None,
+    tuning: TuningConfig | None = None,
     add_languages: Sequence[str] = (),
-    optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
+    optim: OptimConfig = OptimConfig(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
     label_smoothing: float = 0.0,
     image_ablation_batches: int = 4,
     generation: GenerationConfig | None = None,

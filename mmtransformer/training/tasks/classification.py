@@ -17,7 +17,7 @@ from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.plots import Card, CardCaption, plot_gallery, plot_rollout, save_image
 from mmtransformer.serialization.printable import fenced
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 
@@ -42,7 +42,7 @@ class Classification(Task[ClassData]):
         self,
         vit: ViT,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.0,
         freeze: bool = False,
         num_gallery_images: int = 24,

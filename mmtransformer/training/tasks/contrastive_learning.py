@@ -17,7 +17,7 @@ from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import fenced
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.report import program
@@ -54,7 +54,7 @@ class ContrastiveLearning(Task[CaptionData]):
         self,
         model: CLIP,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         gather_grad: bool = True,
         recall_images: int = 1000,
     ) -> None:
@@ -192,7 +192,7 @@ def finetune_clip(
     *,
     freeze_vision: bool = False,
     freeze_text: bool = False,
-    optim: Optim = Optim(lr=1e-4, warmup_steps=50),  # noqa: B008 (frozen)
+    optim: OptimConfig = OptimConfig(lr=1e-4, warmup_steps=50),  # noqa: B008 (frozen)
     gather_grad: bool = True,
     recall_images: int = 1000,
 ) -> ContrastiveLearning:

@@ -63,7 +63,7 @@ def check_pixels(data: CaptionData, model: Any) -> None:
             )
         return
     remedy = 'set data.resize (or transform.resize) to "squash", "crop" or "letterbox"'
-    if "patch_grids" in getattr(model, "unread", ()):
+    if "patch_grids" in getattr(model, "unsupported_fields", ()):
         raise ValueError(f"a {type(model).__name__} does not read pictures of native size: {remedy}")
     if type(vision) is not ViT or vision.patches.stem != "patch":
         raise ValueError(f"pictures of native size go through a ViT that cuts patches and does not convolve: {remedy}")

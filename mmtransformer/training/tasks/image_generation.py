@@ -15,7 +15,7 @@ from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.image_generator import ImageGenerator
 from mmtransformer.plots import Card, CardCaption, plot_gallery, save_image
 from mmtransformer.serialization.printable import fenced, say
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.drawn_facts import (
@@ -53,7 +53,7 @@ class ImageGeneration(Task[CaptionData]):
         self,
         model: TextToImageModel,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         generation: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008 (frozen)
         num_test_images: int = 200,
         num_validation_images: int = 0,

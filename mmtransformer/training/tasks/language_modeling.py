@@ -9,7 +9,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.serialization.printable import fenced
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.report import save_text_model
@@ -47,7 +47,7 @@ class LanguageModeling(Task[TextData]):
         self,
         decoder: Decoder,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         baseline_orders: Sequence[int] = (2, 3, 4, 5),
         baseline_tokens: int = 20_000_000,
         num_texts: int = 100,

@@ -12,7 +12,7 @@ from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.printable import fenced
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.masked_scores import fill_in, fit_bigrams, read_masked, score_masked
@@ -42,7 +42,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         self,
         encoder: TextEncoder,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         nsp_weight: float = 1.0,
     ) -> None:
         super().__init__(optim)

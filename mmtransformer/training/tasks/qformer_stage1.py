@@ -14,7 +14,7 @@ from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.printable import say
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.evaluation.evaluation import pick_metrics
 from mmtransformer.training.evaluation.retrieval import Retrieval, evaluate_retrieval, plot_retrieval
@@ -49,7 +49,7 @@ class QFormerStage1(Captioning):
         self,
         captioner: Blip2QFormer,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         itc_smoothing: float = 0.1,
         label_smoothing: float = 0.1,
         match_texts: int | None = None,

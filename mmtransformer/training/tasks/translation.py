@@ -15,7 +15,7 @@ from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import plot_attention, save_image
 from mmtransformer.serialization.printable import fenced
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.tasks.data_checks import check_texts
@@ -87,7 +87,7 @@ class Translation(Task[TranslationData]):
         self,
         model: Transformer,
         *,
-        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.1,
         generation: GenerationConfig = PAPER,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Tuning: which weights of a model learn when it is fine-tuned, part by part."""
+"""TuningConfig: which weights of a model learn when it is fine-tuned, part by part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Method = Literal["full", "last_blocks", "lora"]
 
 @known_fields
 @dataclass(frozen=True)
-class Tuning:
+class TuningConfig:
     """Which weights learn.
 
     Args:
@@ -72,7 +72,7 @@ class Tuning:
         for name in ("num_blocks", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tuning.{name} ({getattr(self, name)}) must be at least 1")
-        towers, usual = set(self.parts) - {"connector"}, Tuning.__dataclass_fields__
+        towers, usual = set(self.parts) - {"connector"}, TuningConfig.__dataclass_fields__
         options = (("last_blocks", ["num_blocks"]), ("lora", ["rank", "alpha", "dropout", "target_modules"]))
         for method, names in options:
             for name in names if self.method != method or not towers else []:
@@ -193,7 +193,7 @@ def unread_by(captioner: Captioner) -> set[nn.Parameter]:
     if isinstance(captioner, Llava) and captioner.vision_feature_layers is not None:
         last = max(layer % vision.depth for layer in captioner.vision_feature_layers)
         parts += [vision.norm, *vision.blocks[last + 1 :]]
-    contrast = getattr(captioner, "contrast_parameters", list)()  # of a CoCa
+    contrast = getattr(captioner, "contrastive_parameters", list)()  # of a CoCa
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()} | {*contrast}
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.files.shards import Shards
+from mmtransformer.data.files.shards import TarShards
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.scenes.parallel import ParallelTable
 from mmtransformer.images import ImageError
@@ -112,8 +112,8 @@ def test_links_to_shards_elsewhere_are_not_followed(tmp_path: Path) -> None:
     shard(tmp_path / "private.tar")
     (tmp_path / "data" / "x.tar").symlink_to("../private.tar")
     with pytest.raises(ValueError, match=r"x\.tar: a link that leads out of .*private\.tar: name that folder"):
-        Shards(str(tmp_path / "data"))
-    assert len(Shards(str(tmp_path / "data" / "x.tar"), val_fraction=0).split("train")) == 3  # asked for by name
+        TarShards(str(tmp_path / "data"))
+    assert len(TarShards(str(tmp_path / "data" / "x.tar"), val_fraction=0).split("train")) == 3  # asked for by name
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "other index"])
@@ -128,8 +128,8 @@ def test_an_index_that_is_none_is_made_again(kind: str, tmp_path: Path) -> None:
     else:
         (tmp_path / "other").write_text("precious")
         index.symlink_to("/dev/zero" if kind == "device" else "../other")
-    read: list[Shards] = []
-    assert taken(lambda: read.append(Shards(str(path), val_fraction=0))) < 1 << 27
+    read: list[TarShards] = []
+    assert taken(lambda: read.append(TarShards(str(path), val_fraction=0))) < 1 << 27
     assert len(read[0].split("train")) == 3
     assert kind != "other index" or (tmp_path / "other").read_text() == "precious"
 
@@ -138,14 +138,14 @@ def test_an_index_is_not_written_through_a_link(tmp_path: Path) -> None:
     path, precious = shard(tmp_path / "x.tar"), tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / f".x.tar.index.jsonl.{os.getpid()}.part").symlink_to(precious)
-    Shards(str(path), val_fraction=0)
+    TarShards(str(path), val_fraction=0)
     assert precious.read_text() == "precious"
 
 
 @pytest.mark.parametrize("pattern", ["{a,b}" * 40, "{0..9999}{0..9999}{0..9999}"])
 def test_a_pattern_that_grows_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="stands for more than 100,000 shards"):
-        Shards(pattern)
+        TarShards(pattern)
 
 
 # --------------------------------------------------------------------------------------------------------- parquet

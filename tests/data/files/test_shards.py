@@ -16,7 +16,7 @@ from PIL import Image
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files import archives
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.files.shards import Shards, find_shards
+from mmtransformer.data.files.shards import TarShards, find_shards
 from mmtransformer.data.files.tar_index import ShardError, read_index
 from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.module import LoaderConfig
@@ -72,7 +72,7 @@ def shards(root: Path, count: int = 3, size: int = 7) -> Path:
     return root
 
 
-def everything(source: Shards) -> dict[str, tuple[tuple[int, ...], list[Caption]]]:
+def everything(source: TarShards) -> dict[str, tuple[tuple[int, ...], list[Caption]]]:
     found = {}
     for name in source.splits():
         split = source.split(name)
@@ -85,7 +85,7 @@ def everything(source: Shards) -> dict[str, tuple[tuple[int, ...], list[Caption]
 
 
 def test_samples_of_several_shards(tmp_path: Path) -> None:
-    source = Shards(str(shards(tmp_path)), val_fraction=0.3)
+    source = TarShards(str(shards(tmp_path)), val_fraction=0.3)
     assert isinstance(source, PairSource)
     assert source.splits() == ("train", "val")
     assert isinstance(source.split("val"), Pairs)
@@ -109,7 +109,7 @@ def test_all_ways_to_write_a_tar(format: int, tmp_path: Path) -> None:
         (f"./{korean}.webp", image(2, "WEBP")), (f"./{korean}.ko.txt", "고양이 한 마리\n두 번째".encode()),
     ]  # fmt: skip
     pack(tmp_path / "a.tar", members, format)
-    source = Shards(str(tmp_path / "a.tar"), val_fraction=0)
+    source = TarShards(str(tmp_path / "a.tar"), val_fraction=0)
     split = source.split("train")
     assert [split.name(i) for i in range(2)] == [long, korean]
     assert split.captions(1) == [Caption("고양이 한 마리", "ko"), Caption("두 번째", "ko")]
@@ -129,27 +129,27 @@ def test_the_first_ending_that_a_sample_has_holds_its_captions(tmp_path: Path) -
         ("3.jpg", image(3)), ("3.caption", b"from caption"), ("3.seg.png", image(9)), ("3.cls", b"4"),
         ("4.jpg", image(4)), ("4.txt", b"english"), ("4.ko.txt", "한글".encode()),
     ]  # fmt: skip
-    split = Shards(str(pack(tmp_path / "a.tar", members)), val_fraction=0).split("train")
+    split = TarShards(str(pack(tmp_path / "a.tar", members)), val_fraction=0).split("train")
     assert [[c.text for c in split.captions(i)] for i in range(5)] == [
         ["from text"], ["from json"], ["one", "둘"], ["from caption"], ["english", "한글"],
     ]  # fmt: skip
     assert split.captions(4)[1].language == "ko"
     assert split.image(3).getpixel((0, 0)) == colour(3), "a mask beside the picture is no picture"
-    other = Shards(str(tmp_path / "a.tar"), val_fraction=0, texts=("json", "txt", "caption"))
+    other = TarShards(str(tmp_path / "a.tar"), val_fraction=0, texts=("json", "txt", "caption"))
     assert other.split("train").captions(0) == [Caption("from json", "en")]
 
 
 def test_splits_by_the_names_of_shards_and_folders(tmp_path: Path) -> None:
     for folder, name, number in (("", "train-0", 0), ("", "val-0", 1), ("test", "part-0", 2), ("test", "part-1", 3)):
         pack(tmp_path / folder / f"{name}.tar", sample(number))
-    source = Shards(str(tmp_path))
+    source = TarShards(str(tmp_path))
     assert {name: len(source.split(name)) for name in source.splits()} == {"train": 1, "val": 1, "test": 2}
     assert source.split("test").name(1) == "part-1/00003"
 
 
 def test_a_sample_is_always_in_the_same_split(tmp_path: Path) -> None:
-    few = Shards(str(shards(tmp_path / "few", 2)), val_fraction=0.3)
-    more = Shards(str(shards(tmp_path / "more", 5)), val_fraction=0.3)
+    few = TarShards(str(shards(tmp_path / "few", 2)), val_fraction=0.3)
+    more = TarShards(str(shards(tmp_path / "more", 5)), val_fraction=0.3)
     where = {split.name(i): name for name in more.splits() for split in [more.split(name)] for i in range(len(split))}
     for name in few.splits():
         split = few.split(name)
@@ -167,7 +167,7 @@ def test_patterns(tmp_path: Path) -> None:
         ("{part,part}-001.tar", (1, 1)),
     ):
         assert [path.stem for path in find_shards(str(tmp_path / pattern))] == [names[k] for k in count], pattern
-    both = Shards([str(tmp_path / "part-000.tar"), str(tmp_path / "part-01*.tar")], val_fraction=0)
+    both = TarShards([str(tmp_path / "part-000.tar"), str(tmp_path / "part-01*.tar")], val_fraction=0)
     assert [path.stem for path in both.paths] == ["part-000", "part-010", "part-011"]
     with pytest.raises(ValueError, match=r"2 of 13 shards do not exist; the first: .*part-012\.tar"):
         find_shards(str(tmp_path / "part-{001..013}.tar"))
@@ -184,25 +184,25 @@ def test_patterns(tmp_path: Path) -> None:
 
 def test_an_index_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(shards(tmp_path))
-    first = everything(Shards(root))
+    first = everything(TarShards(root))
     kept = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
     assert kept == [f".part-{k:03d}.tar.index.jsonl" for k in range(3)]
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("read again"))
-    assert everything(Shards(root)) == first
+    assert everything(TarShards(root)) == first
 
 
 def test_an_index_of_a_changed_shard_is_not_used(tmp_path: Path) -> None:
     root = shards(tmp_path, 1)
-    Shards(str(root))
+    TarShards(str(root))
     path = pack(root / "part-000.tar", sample(77) + sample(78))
     os.utime(path, ns=(1, 1))
-    assert sorted(everything(Shards(str(root)))) == ["00077", "00078"]
+    assert sorted(everything(TarShards(str(root)))) == ["00077", "00078"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bytes", "count", "place", "kind", "empty"])
 def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
     root = shards(tmp_path, 1)
-    first = everything(Shards(str(root)))
+    first = everything(TarShards(str(root)))
     path = root / ".part-000.tar.index.jsonl"
     lines = path.read_text("utf-8").splitlines()
     whole = path.read_bytes()
@@ -216,18 +216,18 @@ def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
     }[damage]
     assert damaged != whole
     path.write_bytes(damaged)
-    assert everything(Shards(str(root))) == first
+    assert everything(TarShards(str(root))) == first
     assert path.read_bytes() == whole, "and kept again"
 
 
 def test_where_nothing_can_be_written_a_cache_folder_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = shards(tmp_path / "a")
-    cached = Shards(str(root), cache_dir=str(tmp_path / "cache"))
+    cached = TarShards(str(root), cache_dir=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 3
     assert not list(root.glob(".*"))
     assert not cached.report.notes
     (tmp_path / "file").write_text("no folder")
-    source = Shards(str(root), cache_dir=str(tmp_path / "file" / "x"))
+    source = TarShards(str(root), cache_dir=str(tmp_path / "file" / "x"))
     assert everything(source) == everything(cached)
     (note,) = source.report.notes
     assert "name a cache_dir" in note
@@ -237,7 +237,7 @@ def test_where_nothing_can_be_written_a_cache_folder_can(tmp_path: Path, monkeyp
 def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "_OPEN", 2)
     before = open_files()
-    source = Shards(str(shards(tmp_path, 5, 2)), val_fraction=0)
+    source = TarShards(str(shards(tmp_path, 5, 2)), val_fraction=0)
     split = source.split("train")
     assert [split.image(i).getpixel((0, 0)) for i in range(10)] == [colour(i) for i in range(10)]
     assert open_files() == before
@@ -274,7 +274,7 @@ def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> No
         ("f.png", image(4)), ("f.txt", b"nan"),
     ]  # fmt: skip
     pack(tmp_path / "a.tar", [m for n in range(21) for m in sample(n)] + bad)
-    source = Shards(str(tmp_path), max_bad_fraction=0.25)
+    source = TarShards(str(tmp_path), max_bad_fraction=0.25)
     assert len(everything(source)) == 21
     assert source.report.errors == {
         "no picture": 1, "no caption": 1, "several pictures": 1, "not UTF-8": 1, "not JSON": 1, "empty caption": 1,
@@ -282,13 +282,13 @@ def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> No
     assert source.report.first["no picture"] == ["a.tar:a"]
     assert source.report.first["several pictures"] == ["a.tar:c: png, jpg"]
     with pytest.raises(TooManyErrors, match=r"6 of 27 rows can't be used \(22\.2%"):
-        Shards(str(tmp_path))
+        TarShards(str(tmp_path))
     with pytest.raises(ValueError, match=r"max_bad_fraction \(2\)"):
-        Shards(str(tmp_path), max_bad_fraction=2)
+        TarShards(str(tmp_path), max_bad_fraction=2)
     with pytest.raises(ValueError, match="no samples"):
-        Shards(str(pack(tmp_path / "b" / "empty.tar", [])))
+        TarShards(str(pack(tmp_path / "b" / "empty.tar", [])))
     with pytest.raises(TooManyErrors, match="not one of 1 sample can"):
-        Shards(str(pack(tmp_path / "c" / "one.tar", bad[:1])))
+        TarShards(str(pack(tmp_path / "c" / "one.tar", bad[:1])))
 
 
 HOSTILE: dict[str, tuple[tarfile.TarInfo, str]] = {
@@ -316,7 +316,7 @@ def test_hostile_members_are_refused_by_name_and_byte(kind: str, tmp_path: Path)
             archive.addfile(member(name, data), io.BytesIO(data))
         archive.addfile(info)
     with pytest.raises(ShardError, match=r"a\.tar: ") as error:
-        Shards(str(path))
+        TarShards(str(path))
     assert fault in str(error.value)
     assert "byte 4096" in str(error.value) or kind == "sparse"
     assert not list(tmp_path.glob(".*")), "no index of a shard that is not trusted"
@@ -324,9 +324,9 @@ def test_hostile_members_are_refused_by_name_and_byte(kind: str, tmp_path: Path)
 
 def test_commands_and_addresses_are_refused() -> None:
     with pytest.raises(ValueError, match="would run a command"):
-        Shards("pipe:curl -s http://example.org/a.tar")
+        TarShards("pipe:curl -s http://example.org/a.tar")
     with pytest.raises(ValueError, match="nothing is downloaded"):
-        Shards(["s3://bucket/a-{0..3}.tar"])
+        TarShards(["s3://bucket/a-{0..3}.tar"])
 
 
 def test_a_pickle_in_a_shard_is_left_alone(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_pickle_in_a_shard_is_left_alone(tmp_path: Path) -> None:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     members = [*sample(0), *((f"00000.{kind}", pickle.dumps(Bomb())) for kind in ("pyd", "pickle", "pth", "npy"))]
-    assert list(everything(Shards(str(pack(tmp_path / "a.tar", members))))) == ["00000"]
+    assert list(everything(TarShards(str(pack(tmp_path / "a.tar", members))))) == ["00000"]
     assert not (tmp_path / "ran").exists()
 
 
@@ -349,20 +349,20 @@ def test_a_shard_that_is_cut_short_anywhere_is_refused(where: int, tmp_path: Pat
     path, data = whole_tar(tmp_path)
     path.write_bytes(data[:where])
     with pytest.raises(ShardError, match=r"a\.tar: .*(cut short|damaged tar)"):
-        Shards(str(path))
+        TarShards(str(path))
 
 
 def test_damage_behind_the_first_member_is_found(tmp_path: Path) -> None:
     path, data = whole_tar(tmp_path)
     path.write_bytes(data[:2048] + b"\x07" * 512 + data[2560:])
     with pytest.raises(ShardError, match="what stands at byte 2,048 is neither a header nor the end"):
-        Shards(str(path))
+        TarShards(str(path))
     path.write_bytes(data + data)
     with pytest.raises(ShardError, match="there is more behind its end mark at byte 6,144: tars cannot be joined"):
-        Shards(str(path))
+        TarShards(str(path))
     path.write_bytes(b"no tar at all" * 99)
     with pytest.raises(ShardError, match="damaged tar"):
-        Shards(str(path))
+        TarShards(str(path))
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
@@ -374,7 +374,7 @@ def test_a_compressed_shard_is_refused_with_the_remedy(mode: str, tmp_path: Path
     for name in (path, path.rename(tmp_path / f"a.tar.{mode}")):
         path.write_bytes((tmp_path / f"a.tar.{mode}").read_bytes()) if name == path else None
         with pytest.raises(ShardError, match="compressed as a whole"):
-            Shards(str(name))
+            TarShards(str(name))
 
 
 def test_a_header_that_leads_backwards_ends(tmp_path: Path) -> None:
@@ -385,12 +385,12 @@ def test_a_header_that_leads_backwards_ends(tmp_path: Path) -> None:
     header[148:156] = b"%06o\0 " % sum(header)
     path.write_bytes(data[:2048] + bytes(header) + data[2560:])
     with pytest.raises(ShardError, match=r"leads backwards|damaged"):
-        Shards(str(path))
+        TarShards(str(path))
 
 
 def test_a_shard_that_changes_under_a_run_is_said(tmp_path: Path) -> None:
     path, data = whole_tar(tmp_path)
-    split = Shards(str(path), val_fraction=0).split("train")
+    split = TarShards(str(path), val_fraction=0).split("train")
     path.write_bytes(data[:1000])
     with pytest.raises(ImageError, match=r"00002 \(byte 4608 of .*a\.tar\): can't be read .*has the shard changed"):
         split.image(2)
@@ -409,7 +409,7 @@ def test_no_damage_gives_anything_but_an_error_or_images(
         data[place % len(data)] = value
     path.write_bytes(bytes(data[: places[0][0]] if cut else data))
     try:
-        split = Shards(str(path), val_fraction=0, max_bad_fraction=1).split("train")
+        split = TarShards(str(path), val_fraction=0, max_bad_fraction=1).split("train")
     except ValueError:
         return
     for i in range(len(split)):
@@ -423,7 +423,7 @@ def test_no_damage_gives_anything_but_an_error_or_images(
 
 
 def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
-    source = Shards(str(shards(tmp_path, 4, 6)), val_fraction=0.2, default_language="en")
+    source = TarShards(str(shards(tmp_path, 4, 6)), val_fraction=0.2, default_language="en")
     runs = [make(source, loader=LoaderConfig(num_workers=workers), batch_size=4) for workers in (0, 2)]
     whole = [batches_of(run, 1) for run in runs]
     for a, b in zip(*whole, strict=True):
@@ -436,7 +436,7 @@ def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
 
 
 def test_shards_in_a_mixture(tmp_path: Path) -> None:
-    parts = {name: Shards(str(shards(tmp_path / name, 1, 9)), default_language="en") for name in ("a", "b")}
+    parts = {name: TarShards(str(shards(tmp_path / name, 1, 9)), default_language="en") for name in ("a", "b")}
     mixture = Mixture(parts, {"a": 1.0, "b": 2.0}, epoch_size=12)  # type: ignore[arg-type]
     data = CaptionData(mixture, transform=TRANSFORM, tokenizer=tokenizer(), batch_size=4)
     names = [name for batch in batches_of(data) for name in batch.names]
@@ -449,7 +449,7 @@ def test_a_path_is_told_what_it_holds(tmp_path: Path) -> None:
     assert are_shards(root)
     assert are_shards(root / "part-000.tar")
     assert are_shards(str(root / "part-{000..002}.tar"))
-    assert isinstance(open_pairs(root), Shards)
+    assert isinstance(open_pairs(root), TarShards)
     plain = tmp_path / "plain"
     plain.mkdir()
     for n in range(3):

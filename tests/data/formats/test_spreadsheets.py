@@ -12,7 +12,7 @@ import pytest
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.columns import Columns, find_columns
 from mmtransformer.data.files.read_options import Format, ReadOptions
-from mmtransformer.data.files.shards import ShardError, Shards
+from mmtransformer.data.files.shards import ShardError, TarShards
 from mmtransformer.data.files.tables import read_table
 from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS
 from mmtransformer.data.image_files import ImageFiles
@@ -120,7 +120,7 @@ def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
 def test_a_shard_that_is_a_pointer(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(POINTER)
     with pytest.raises(ShardError, match=r"0\.tar: a Git LFS pointer"):
-        Shards(str(tmp_path))
+        TarShards(str(tmp_path))
     with pytest.raises(ValueError, match="a Git LFS pointer"):
         open_pairs(tmp_path)
 

@@ -14,7 +14,7 @@ from mmtransformer.data.scenes.facts import Rates, judge, score
 from mmtransformer.data.scenes.grammar import LANGUAGES, MAX_PHRASINGS, describe
 from mmtransformer.data.scenes.meaning import Facts
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.scenes.world import FILLS, SIZES, Group, Relation, Scene, World
+from mmtransformer.data.scenes.world import FILLS, SIZES, Group, Relation, Scene, SceneWorld
 
 STARS = Group("star", "red", "small", "striped", 3)
 CIRCLE = Group("circle", "blue", "large", "solid", 1)
@@ -25,7 +25,7 @@ TRUE = "three small red striped stars are to the left of a large blue circle"
 
 
 def scenes(number: int) -> list[Scene]:
-    return [World().sample(random.Random(f"facts/{i}"), i % 3 == 0) for i in range(number)]
+    return [SceneWorld().sample(random.Random(f"facts/{i}"), i % 3 == 0) for i in range(number)]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -134,7 +134,7 @@ def test_matching_is_the_best_of_all():
         return right
 
     for i, scene in enumerate(scenes(400)):
-        words = [(World().shapes, "shape"), (World().colors, "color"), (SIZES, "size"), (FILLS, "fill")]
+        words = [(SceneWorld().shapes, "shape"), (SceneWorld().colors, "color"), (SIZES, "size"), (FILLS, "fill")]
         groups = []
         for group in scene.groups:
             values, name = rng.choice(words)

@@ -11,9 +11,9 @@ from mmtransformer.data.scenes import english, korean
 from mmtransformer.data.scenes.grammar import LANGUAGES, MAX_PHRASINGS, describe, parse
 from mmtransformer.data.scenes.meaning import Facts, GroupFacts, canonical, chains, word_between
 from mmtransformer.data.scenes.palette import COLORS
-from mmtransformer.data.scenes.world import FILLS, SHAPES, SIZES, Group, Relation, Scene, World
+from mmtransformer.data.scenes.world import FILLS, SHAPES, SIZES, Group, Relation, Scene, SceneWorld
 
-WIDE = World(shapes=SHAPES, colors=tuple(COLORS))
+WIDE = SceneWorld(shapes=SHAPES, colors=tuple(COLORS))
 
 
 def scenes(number: int) -> list[Scene]:

@@ -7,9 +7,9 @@ from mmtransformer.data.scenes.facts import Rates, judge_facts
 from mmtransformer.data.scenes.meaning import Facts
 from mmtransformer.data.scenes.reader import find_objects, read
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.scenes.world import Relation, World
+from mmtransformer.data.scenes.world import Relation, SceneWorld
 
-WORLD = World(group_shares=(0.5, 0.5))
+WORLD = SceneWorld(group_shares=(0.5, 0.5))
 
 
 @pytest.mark.parametrize("split", ["val", "compositional"])
@@ -54,7 +54,7 @@ def test_other_sizes_are_read_too() -> None:
 
 
 def test_relations_that_follow_are_said_too() -> None:
-    scenes = Scenes(world=World(group_shares=(0, 0, 1.0), relations=("left",))).split("val")
+    scenes = Scenes(world=SceneWorld(group_shares=(0, 0, 1.0), relations=("left",))).split("val")
     facts = read(scenes.image(0), scenes.world)
     assert len(facts.groups) == 3
     assert len(facts.relations) == 3

@@ -1,4 +1,4 @@
-"""Documents of drawn scenes: one way of speaking a document, pure functions of the seed, and few-shot scores."""
+"""Documents of drawn scenes: one aspect a document, pure functions of the seed, and few-shot scores."""
 
 import random
 import re
@@ -14,7 +14,7 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.meaning import Facts
-from mmtransformer.data.scenes.scene_documents import WAYS, SceneDocuments, answer
+from mmtransformer.data.scenes.scene_documents import ASPECTS, SceneDocuments, answer
 from mmtransformer.data.scenes.words import say
 from mmtransformer.data.scenes.world import FILLS, SHAPES, Group
 from mmtransformer.generation.captions import CaptionResult
@@ -47,20 +47,20 @@ def test_documents_follow_from_seed_split_and_number() -> None:
 
 def test_every_text_of_a_document_says_the_same_kind_of_thing_of_its_image() -> None:
     split = SceneDocuments(image_size=32, train_size=211).split("train")
-    ways: Counter[tuple[str, str]] = Counter()
+    aspects: Counter[tuple[str, str]] = Counter()
     for i in range(211):
-        document, way, language = split.document(i), split.way(i), split.language(i)
+        document, aspect, language = split.document(i), split.aspect(i), split.language(i)
         assert document.language == language
-        ways[way, language] += 1
+        aspects[aspect, language] += 1
         for k, text in enumerate(document.texts[1:]):
             scene = split.scene(i, k)
             assert bool(KOREAN.search(text)) == (language == "ko")
-            if way == "description":
+            if aspect == "description":
                 assert parse(text, language) == Facts.of(scene)
             else:
-                assert text == say(scene.groups[0], way, language)
+                assert text == say(scene.groups[0], aspect, language)
                 assert text in said_by_a_person(scene.groups[0], language).values()
-    assert set(ways) == {(way, language) for way in WAYS for language in ("en", "ko")}
+    assert set(aspects) == {(aspect, language) for aspect in ASPECTS for language in ("en", "ko")}
 
 
 COLORS_KO = "red 빨간색 orange 주황색 yellow 노란색 green 초록색 blue 파란색 purple 보라색 white 하얀색 black 검은색"
@@ -107,7 +107,7 @@ def test_questions_and_examples_are_pairs() -> None:
         ({"images": (3, 2)}, r"images must be the fewest .* got \(3, 2\)"),
         ({"images": (0, 2)}, r"got \(0, 2\)"),
         ({"openings": 2}, "openings is a share, from 0 to 1, got 2"),
-        ({"ways": ("smell",)}, r"ways must be different ones of description, color, .* got \['smell'\]"),
+        ({"aspects": ("smell",)}, r"aspects must be different ones of description, color, .* got \['smell'\]"),
         ({"languages": ("en", "en")}, "languages must be different ones of en, ko"),
     ],
 )
@@ -124,7 +124,7 @@ def test_impossible_documents_are_refused(settings: dict[str, object], fault: st
 
 
 def data_and_model() -> tuple[InterleavedData, Flamingo]:
-    source = SceneDocuments(image_size=32, train_size=40, val_size=6, ways=("description", "color"))
+    source = SceneDocuments(image_size=32, train_size=40, val_size=6, aspects=("description", "color"))
     data = InterleavedData(source, transform=ImageTransform(16), vocab_size=330, batch_size=4, max_len=160)
     data.setup("fit")
     model = Flamingo(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), TextDecoder(400, 20, 1, 2, max_len=400))
@@ -136,7 +136,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
     seen: list[tuple[int, str | None]] = []
 
     def from_two_on(captioner, tokenizer, batch, languages, *, generation, prompt_builder):  # type: ignore[no-untyped-def]
-        """Answers right if there are at least two examples, and in the way of the examples."""
+        """Answers right if there are at least two examples, and of the aspect of the examples."""
         assert generation.num_beams == 1
         prompted = prompt_builder(batch, languages)
         shots = prompted.visual_tokens.shape[1] - 1
@@ -144,7 +144,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
         rows = []
         for name, row in zip(batch.names, prompted.tokens, strict=True):
             questions = prompt_builder.examples
-            pairs = data.source.pairs("questions", 6, questions.way, questions.language)
+            pairs = data.source.pairs("questions", 6, questions.aspect, questions.language)
             at = [pairs.name(i) for i in range(6)].index(name)
             assert tokenizer.decode(row.tolist()[: row.tolist().index(tokenizer.image_token_id)]) == ""
             text = pairs.captions(at)[0].text if shots >= 2 else "nothing"
@@ -155,7 +155,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
     scores = score_few_shot(
         model, data, [0, 1, 2, 4], generation=GenerationConfig(num_beams=3), device=torch.device("cpu")
     )
-    assert set(scores.scores) == {f"{way}, {code}" for way in ("description", "color") for code in ("en", "ko")}
+    assert set(scores.scores) == {f"{aspect}, {code}" for aspect in ("description", "color") for code in ("en", "ko")}
     for by in scores.scores.values():
         assert by == {0: 0.0, 1: 0.0, 2: 1.0, 4: 1.0}
     assert {shots for shots, _ in seen} == {0, 1, 2, 4}

@@ -15,13 +15,13 @@ from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.scenes.palette import COLORS, contrast
 from mmtransformer.data.scenes.rendering import render
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
-from mmtransformer.data.scenes.world import FILLS, KINDS, SHAPES, SIZES, Group, Relation, Scene, Spot, World
+from mmtransformer.data.scenes.world import FILLS, KINDS, SHAPES, SIZES, Group, Relation, Scene, SceneWorld, Spot
 
 NUMBER = 2011
 
 
-def scenes(held_out: bool = False, world: World | None = None, number: int = NUMBER) -> list[Scene]:
-    return [(world or World()).sample(random.Random(f"test/{i}"), held_out) for i in range(number)]
+def scenes(held_out: bool = False, world: SceneWorld | None = None, number: int = NUMBER) -> list[Scene]:
+    return [(world or SceneWorld()).sample(random.Random(f"test/{i}"), held_out) for i in range(number)]
 
 
 def pairs_of(scene: Scene) -> set[tuple[str, str]]:
@@ -54,7 +54,7 @@ def test_captions_come_by_language_a_constant_number_a_image():
 
 
 def test_siblings_differ_in_one_word_and_none_is_held_out():
-    world = World(group_shares=(0.5, 0.5))
+    world = SceneWorld(group_shares=(0.5, 0.5))
     plain = Scenes(train_size=400, world=world)
     source = Scenes(train_size=400, world=world, siblings=4)
     train, changed = source.split("train"), Counter[str]()
@@ -98,12 +98,12 @@ def test_a_language_does_not_change_the_other():
         (lambda: Scenes(languages=()), r"got \[\]"),
         (lambda: Scenes(languages=("ko", "ko")), "different"),
         (lambda: Scenes().split("test"), "no split 'test'; there are train, val, compositional"),
-        (lambda: World(shapes=("circle", "sqare")), r"shapes: unknown \['sqare'\]; known are circle"),
-        (lambda: World(colors=("red",)), r"colors must be at least 2 different names, got \['red'\]"),
-        (lambda: World(fills=()), r"fills must be at least 1 different names, got \[\]"),
-        (lambda: World(max_count=5), "max_count must be 1 to 4, got 5"),
-        (lambda: World(group_shares=(0.0, 0.0)), r"group_shares .* got \(0.0, 0.0\)"),
-        (lambda: World(clutter=-1.0), "clutter must be 0 to 3, got -1.0"),
+        (lambda: SceneWorld(shapes=("circle", "sqare")), r"shapes: unknown \['sqare'\]; known are circle"),
+        (lambda: SceneWorld(colors=("red",)), r"colors must be at least 2 different names, got \['red'\]"),
+        (lambda: SceneWorld(fills=()), r"fills must be at least 1 different names, got \[\]"),
+        (lambda: SceneWorld(max_count=5), "max_count must be 1 to 4, got 5"),
+        (lambda: SceneWorld(group_shares=(0.0, 0.0)), r"group_shares .* got \(0.0, 0.0\)"),
+        (lambda: SceneWorld(clutter=-1.0), "clutter must be 0 to 3, got -1.0"),
     ],
 )
 def test_wrong_arguments_are_named(make, words):
@@ -171,7 +171,7 @@ def test_size_changes_the_pixels_and_not_the_scene():
 
 
 def test_training_never_shows_a_held_out_pair_and_compositional_always_does():
-    held_out = World().held_out
+    held_out = SceneWorld().held_out
     source = Scenes()
     for name, expected in (("train", False), ("val", False), ("compositional", True)):
         split = source.split(name)
@@ -185,18 +185,18 @@ def test_every_color_shape_and_other_word_occurs_in_training():
         assert {getattr(group, name) for group in groups} == set(words)
     assert {group.count for group in groups} == {1, 2, 3, 4}
     seen = {pair for scene in scenes() for pair in pairs_of(scene)}
-    assert seen == {(c, s) for c in World().colors for s in World().shapes} - World().held_out
+    assert seen == {(c, s) for c in SceneWorld().colors for s in SceneWorld().shapes} - SceneWorld().held_out
 
 
 def test_held_out_pairs_are_an_eighth_spread_over_the_words():
-    held_out = World().held_out
+    held_out = SceneWorld().held_out
     assert len(held_out) == 8
-    assert Counter(c for c, _ in held_out) == Counter(World().colors)
-    assert Counter(s for _, s in held_out) == Counter(World().shapes)
+    assert Counter(c for c, _ in held_out) == Counter(SceneWorld().colors)
+    assert Counter(s for _, s in held_out) == Counter(SceneWorld().shapes)
     assert {("red", "circle"), ("white", "heart")} & held_out == {("red", "circle")}
     for shapes in range(2, 11):
         for colors in range(2, 11):
-            world = World(shapes=SHAPES[:shapes], colors=tuple(COLORS)[:colors])
+            world = SceneWorld(shapes=SHAPES[:shapes], colors=tuple(COLORS)[:colors])
             assert 1 <= len(world.held_out) <= max(2, shapes * colors / 6)
             for words, k in ((world.colors, 0), (world.shapes, 1)):
                 most = len(world.shapes if k == 0 else world.colors)
@@ -269,7 +269,7 @@ def test_truths_hold_what_follows():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_world_can_be_made_small(held_out):
-    world = World(
+    world = SceneWorld(
         shapes=("star", "cross", "triangle"),
         colors=("red", "blue"),
         fills=("solid",),
@@ -283,13 +283,13 @@ def test_a_world_can_be_made_small(held_out):
         assert max(group.count for group in scene.groups) <= 2
         assert {r.kind for r in scene.relations} <= {"above"}
         assert {group.fill for group in scene.groups} == {"solid"}
-    only_inside = World(relations=("inside",))
+    only_inside = SceneWorld(relations=("inside",))
     kinds = {r.kind for scene in scenes(held_out, only_inside, 199) for r in scene.relations}
     assert kinds == {"inside"}
 
 
 def test_a_world_whose_shapes_hold_nothing_has_no_containers():
-    world = World(shapes=("star", "cross"), relations=("inside",))
+    world = SceneWorld(shapes=("star", "cross"), relations=("inside",))
     assert {len(scene.groups) for scene in scenes(world=world, number=97)} == {1}
 
 

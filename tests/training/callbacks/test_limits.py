@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mmtransformer.training.callbacks.limits import Limits
 from mmtransformer.training.callbacks.saving import LastCheckpoint
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -32,7 +32,7 @@ def fit(capsys: pytest.CaptureFixture[str], folder: Path, *callbacks: pl.Callbac
         callbacks=[Limits(), LastCheckpoint(), *callbacks],
         **arguments,
     )
-    module = Captioning(tiny.captioner(), optim=Optim(kind="adamw", lr=0.01), image_ablation_batches=0)
+    module = Captioning(tiny.captioner(), optim=OptimConfig(kind="adamw", lr=0.01), image_ablation_batches=0)
     run.fit(module, datamodule=tiny.scenes(), ckpt_path=last if last.exists() else None)
     return "".join(capsys.readouterr()).strip()
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmtransformer.cli.plan import run
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.training.callbacks.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, limit_kernel_cache
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -193,7 +193,7 @@ def test_a_run_is_watched(tmp_path: Path) -> None:
         accelerator="cpu", enable_progress_bar=False, max_steps=3, callbacks=[watch], limit_val_batches=0,
         default_root_dir=tmp_path, **arguments,
     )  # fmt: skip
-    task = Captioning(tiny.captioner(freeze_vision=True), optim=Optim(ema_decay=0.9))
+    task = Captioning(tiny.captioner(freeze_vision=True), optim=OptimConfig(ema_decay=0.9))
     trainer.fit(task, datamodule=tiny.scenes())
     needs = watch.needs
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)

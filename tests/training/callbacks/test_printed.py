@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmtransformer.training.callbacks.progress import Progress
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -26,7 +26,7 @@ def test_the_end_of_a_run_prints_no_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmtransformer.training.engine.task.plot_curves", lambda folder: None)
-    task: Any = Captioning(tiny.captioner(), optim=Optim())
+    task: Any = Captioning(tiny.captioner(), optim=OptimConfig())
     task.trainer = SimpleNamespace(global_step=3, precision="32-true", callbacks=[])
     task.conclude(Run(tmp_path, 1.0, torch.device("cpu")), {}, f"table of {ESCAPE}", shown=[ESCAPE])
     out = capsys.readouterr().out

@@ -23,8 +23,8 @@ import torch
 from mmtransformer.training.engine import checkpoints
 from mmtransformer.training.engine.checkpoints import (
     FORMAT_VERSION,
+    AtomicCheckpointIO,
     CheckpointError,
-    CheckpointFiles,
     damage,
     newest,
     plain,
@@ -35,7 +35,7 @@ from mmtransformer.training.engine.checkpoints import (
 from mmtransformer.training.engine.log import MetricsLog
 from support import tiny
 
-FILES = CheckpointFiles()
+FILES = AtomicCheckpointIO()
 
 
 def checkpoint(step: int = 3, size: int = 1009) -> dict:

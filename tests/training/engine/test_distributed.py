@@ -28,7 +28,7 @@ from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.checkpoints import read
 from mmtransformer.training.engine.guard import NonFiniteError
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.sharded import Sharded, number_format, shard
 from mmtransformer.training.engine.speed import checkpoint_activations
 from mmtransformer.training.tasks.captioning import Captioning
@@ -61,7 +61,7 @@ def fit(
 ) -> Captioning:
     """Trains on 19 pictures an epoch: the last batch is uneven, and one process gets none of it."""
     warnings.simplefilter("ignore")
-    optim = Optim(lr=0.003, warmup_steps=3, ema_decay=0.9)
+    optim = OptimConfig(lr=0.003, warmup_steps=3, ema_decay=0.9)
     captioner = model(freeze_vision=freeze_vision).double()
     data = tiny.scenes(batch_size, train_size=19, splits=Splits(val=["val"]))
     precision, plugins, looks = "64-true", [], 0

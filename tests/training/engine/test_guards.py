@@ -24,7 +24,7 @@ from mmtransformer.training.engine.guard import (
     first_bad_module,
     not_finite,
 )
-from mmtransformer.training.engine.optim import Optim, warmup_inverse_sqrt
+from mmtransformer.training.engine.optim import OptimConfig, warmup_inverse_sqrt
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -51,7 +51,7 @@ def batch(seed: int, poison: float | None = None) -> CaptionBatch:
 def train(
     folder: Path, batches: list[CaptionBatch], accumulate: int = 1, precision: Any = "32-true", **optim: Any
 ) -> tuple[Captioning, pl.Trainer]:
-    module = Captioning(tiny.captioner(), optim=Optim(**({"lr": 0.01, "warmup_steps": 1} | optim)))
+    module = Captioning(tiny.captioner(), optim=OptimConfig(**({"lr": 0.01, "warmup_steps": 1} | optim)))
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -167,7 +167,7 @@ def test_a_learning_rate_that_is_nan_does_not_enter_the_weights(
     for bad in (math.nan, math.inf):
         seen: list[Captioning] = []
 
-        def schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int, bad: float = bad) -> LambdaLR:
+        def schedule(optim: OptimConfig, optimizer: torch.optim.Optimizer, steps: int, bad: float = bad) -> LambdaLR:
             usual = warmup_inverse_sqrt(optimizer, warmup_steps=optim.warmup_steps).lr_lambdas[0]
             return LambdaLR(optimizer, lambda step: usual(step) if step < 2 else bad)
 
@@ -177,13 +177,13 @@ def test_a_learning_rate_that_is_nan_does_not_enter_the_weights(
 
         with monkeypatch.context() as patch:
             patch.setitem(globals(), "Captioning", Keep)
-            patch.setattr(Optim, "schedule", schedule)
+            patch.setattr(OptimConfig, "schedule", schedule)
             with pytest.raises(NonFiniteError, match=f"step 2: the learning rate is {bad:g}; the weights were left"):
                 train(tmp_path, [batch(0), batch(1), batch(2)], lr_schedule="inverse_sqrt", nonfinite=nonfinite)
         for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
             assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"optim\.lr \(nan\) must be a number of at least 0"):
-        Optim(lr=math.nan)
+        OptimConfig(lr=math.nan)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -210,7 +210,7 @@ def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
                 batch.pixels[0] = math.nan  # type: ignore[index]
 
     def run(steps: int, path: Path | None) -> Captioning:
-        module = Captioning(tiny.captioner(), optim=Optim(nonfinite="skip"))
+        module = Captioning(tiny.captioner(), optim=OptimConfig(nonfinite="skip"))
         trainer = pl.Trainer(
             accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
             default_root_dir=tmp_path, limit_val_batches=0, callbacks=[LastCheckpoint(every_n_train_steps=1), Poison()],
@@ -245,7 +245,7 @@ def test_bad_steps_among_good_ones_do_not_stop_a_run_that_skips(tmp_path: Path) 
 
 def test_micro_batches_of_a_step_draw_differently(tmp_path: Path) -> None:
     drawn = []
-    module = Captioning(tiny.captioner(), optim=Optim(lr=0.01))
+    module = Captioning(tiny.captioner(), optim=OptimConfig(lr=0.01))
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, max_steps=2,
         enable_progress_bar=False, default_root_dir=tmp_path, accumulate_grad_batches=2, precision="32-true",
@@ -271,7 +271,7 @@ def test_a_batch_without_targets_is_a_fault(tmp_path: Path) -> None:
 
 def test_choices_are_checked() -> None:
     with pytest.raises(ValueError, match='nonfinite must be "stop" or "skip", not "ignore"'):
-        Optim(nonfinite="ignore")  # type: ignore[arg-type]
+        OptimConfig(nonfinite="ignore")  # type: ignore[arg-type]
 
 
 def test_the_first_bad_module_is_found() -> None:

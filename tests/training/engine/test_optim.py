@@ -16,7 +16,7 @@ from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
 from mmtransformer.captioners.flamingo import GatedBlockConfig
 from mmtransformer.layers.kernels import Bfloat16Hardware
 from mmtransformer.training.engine import optim
-from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
+from mmtransformer.training.engine.optim import OptimConfig, adamw, muon, warmup_cosine
 from mmtransformer.training.engine.parameters import lr_scales
 
 
@@ -160,7 +160,7 @@ def test_layer_decay_is_timms() -> None:
             for p in group["params"]
         }
         ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=ViTPatchConfig(pre_norm=pre_norm, bias=not pre_norm))
-        optimizer = Optim(lr=0.01, weight_decay=0.3, layer_decay=0.7).build(ours)
+        optimizer = OptimConfig(lr=0.01, weight_decay=0.3, layer_decay=0.7).build(ours)
         mine = {id(p): (g["lr"] / 0.01, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         seen = set()
         for name, parameter in ours.named_parameters():
@@ -186,15 +186,15 @@ def test_parts_learn_at_rates_of_their_own() -> None:
     assert not any(name.startswith("vision") for name in lr_scales(model, 0.5))
     with pytest.raises(ValueError, match='nothing that learns is in a part called "vision"; there are decoder'):
         lr_scales(model, parts={"vision": 0.1})
-    optimizer = Optim(lr=0.01, kind="muon", lr_scales={"decoder.blocks": 0.5}).build(model)
+    optimizer = OptimConfig(lr=0.01, kind="muon", lr_scales={"decoder.blocks": 0.5}).build(model)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.005}
-    schedule = Optim(lr=0.01, warmup_steps=0, min_lr_ratio=0.1).schedule(optimizer, 1)
+    schedule = OptimConfig(lr=0.01, warmup_steps=0, min_lr_ratio=0.1).schedule(optimizer, 1)
     optimizer.step()
     schedule.step()
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0005, 0.001])
     for options in ({"layer_decay": 0.0}, {"layer_decay": 1.5}, {"lr_scales": {"vision": -1.0}}):
         with pytest.raises(ValueError, match=r"optim.l(ayer_decay|r_scales)"):
-            Optim(**options)  # pyright: ignore[reportArgumentType]
+            OptimConfig(**options)  # pyright: ignore[reportArgumentType]
 
 
 def test_rates_of_towers_of_transformers() -> None:
@@ -210,7 +210,7 @@ def test_rates_of_towers_of_transformers() -> None:
 
 def test_a_choice_of_three_is_refused_by_its_names() -> None:
     @dataclass(frozen=True)
-    class Three(Optim):
+    class Three(OptimConfig):
         kind: Literal["adamw", "muon", "sgd"] = "adamw"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     with pytest.raises(ValueError, match=r'optim\.kind must be "adamw" or "muon" or "sgd", not "adam"'):

@@ -15,7 +15,7 @@ from mmtransformer import Blip2, CoCa, Flamingo, PositionConfig, QFormer, TextDe
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.training.callbacks.samples import SamplePrinter
 from mmtransformer.training.callbacks.saving import LastCheckpoint
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.parameters import in_words, not_reached, set_modes
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -38,7 +38,7 @@ def fit(folder: Path, steps: int, *looks: pl.Callback, resume: bool = False) -> 
     captioner, modes = tiny.captioner(freeze_vision=True), Modes()
     captioner.vision.blocks[0].train()
     captioner.decoder.eval()
-    module = Captioning(captioner, optim=Optim(lr=0.01, ema_decay=0.5, lr_schedule="inverse_sqrt"))
+    module = Captioning(captioner, optim=OptimConfig(lr=0.01, ema_decay=0.5, lr_schedule="inverse_sqrt"))
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
         num_sanity_val_steps=0, default_root_dir=folder,
@@ -154,7 +154,7 @@ def test_every_captioner_learns_by_plain_ddp_and_what_cannot_is_named(tmp_path: 
             enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path,
             use_distributed_sampler=False,
         )  # fmt: skip
-        module = Captioning(model, optim=Optim(lr=0.01, warmup_steps=0))
+        module = Captioning(model, optim=OptimConfig(lr=0.01, warmup_steps=0))
         trainer.fit(module, torch.utils.data.DataLoader([given] * 2, batch_size=None))  # type: ignore[arg-type]
         return begin, [p.detach() for p in model.parameters() if p.requires_grad]
 

@@ -25,10 +25,10 @@ from mmtransformer import TextDecoder
 from mmtransformer.cli import main
 from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.training.callbacks.saving import LastCheckpoint
-from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
+from mmtransformer.training.engine.checkpoints import AtomicCheckpointIO, CheckpointError, read
 from mmtransformer.training.engine.guard import RECORD
 from mmtransformer.training.engine.internals import Place, checkpoint_of, in_a_step, place_of
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.resume import frozen_hashes, restore_frozen, seed_step, strip_frozen
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -367,7 +367,7 @@ def test_what_a_step_draws_depends_on_seed_step_and_process() -> None:
 
 
 def saved(**arguments: Any) -> dict[str, Any]:
-    module = Captioning(tiny.captioner(**arguments), optim=Optim())
+    module = Captioning(tiny.captioner(**arguments), optim=OptimConfig())
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     strip_frozen(module, checkpoint, frozen_hashes(module))
     return checkpoint
@@ -385,7 +385,7 @@ def saved(**arguments: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_another_model_is_one_clear_error(arguments: dict[str, Any], message: str) -> None:
     checkpoint = saved(freeze_vision=True)
-    module = Captioning(tiny.captioner(**({"freeze_vision": True} | arguments)), optim=Optim())
+    module = Captioning(tiny.captioner(**({"freeze_vision": True} | arguments)), optim=OptimConfig())
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(CheckpointError) as caught:
         restore_frozen(module, checkpoint, frozen_hashes(module))
@@ -401,7 +401,7 @@ def test_frozen_weights_are_left_out_and_put_back() -> None:
     assert set(checkpoint["frozen"]) == {
         f"captioner.vision.{name}" for name, _ in tiny.captioner().vision.named_parameters()
     }
-    same = Captioning(tiny.captioner(freeze_vision=True), optim=Optim())
+    same = Captioning(tiny.captioner(freeze_vision=True), optim=OptimConfig())
     with torch.no_grad():
         for parameter in same.captioner.decoder.parameters():
             parameter.zero_()
@@ -412,7 +412,7 @@ def test_frozen_weights_are_left_out_and_put_back() -> None:
 
 
 def test_the_compilers_prefix_does_not_matter() -> None:
-    plain, compiled = (Captioning(tiny.captioner(), optim=Optim()) for _ in range(2))
+    plain, compiled = (Captioning(tiny.captioner(), optim=OptimConfig()) for _ in range(2))
     compiled.captioner.decoder = torch.compile(compiled.captioner.decoder, backend="eager")  # type: ignore[assignment]
     assert any("_orig_mod." in name for name in compiled.state_dict())
     for source, target in ((compiled, plain), (plain, compiled)):
@@ -428,7 +428,7 @@ def test_the_compilers_prefix_does_not_matter() -> None:
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
-    module = Captioning(tiny.captioner(), optim=Optim(lr=0.01))
+    module = Captioning(tiny.captioner(), optim=OptimConfig(lr=0.01))
     checkpoint = saved() | {"optim": {"kind": "adamw", "lr": 0.02}, "optimizer_states": [{}]}
     state = type("State", (), {"fn": "fit"})
     module.trainer = type("Trainer", (), {"state": state, "precision_plugin": Precision()})()  # type: ignore[assignment]
@@ -439,7 +439,7 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_the_seed_that_it_began_with() -> None:
-    module = Captioning(tiny.captioner(), optim=Optim(kind="adamw", lr=0.01))
+    module = Captioning(tiny.captioner(), optim=OptimConfig(kind="adamw", lr=0.01))
     state = SimpleNamespace(fn="validate")
     module.trainer = SimpleNamespace(state=state, precision_plugin=Precision())  # type: ignore[assignment]
     module.on_load_checkpoint(saved() | {"seed": 41, "seen": {"samples": 5, "tokens": 70, "skipped": 2}})
@@ -476,7 +476,7 @@ def test_mmt_fit_resumes_by_itself(
     assert "the gradient is clipped at 1; a moving average of the weights (0.9) is validated, and kept" in text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
     path = tmp_path / "checkpoints/last.ckpt"
-    CheckpointFiles().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
+    AtomicCheckpointIO().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
     reports = [tmp_path / "bad_images_train.jsonl", tmp_path / RECORD]
     for report in reports:
         report.write_text('{"name": "그림.png"}\n', encoding="utf-8")

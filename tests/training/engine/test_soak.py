@@ -13,7 +13,7 @@ import pytest
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -64,7 +64,7 @@ def test_twenty_thousand_steps_keep_memory_and_handles_flat(tmp_path: Path) -> N
         val_check_interval=STEPS // 100, limit_val_batches=1,
         callbacks=[look, LastCheckpoint(every_n_train_steps=STEPS // 200)],
     )  # fmt: skip
-    module = Captioning(tiny.captioner(), optim=Optim(lr=1e-3, ema_decay=0.9))
+    module = Captioning(tiny.captioner(), optim=OptimConfig(lr=1e-3, ema_decay=0.9))
     trainer.fit(module, datamodule=tiny.scenes(2, train_size=41, augment=None, loader=LoaderConfig(num_workers=2)))
     assert trainer.global_step == STEPS
     _, memory, files, shared = zip(*look.seen[2:], strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.training.callbacks.throughput import Throughput, gemm_rate
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.speed import blocks, checkpoint_activations, compile_blocks
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -52,7 +52,7 @@ def step(module: Captioning) -> tuple[float, list[Tensor], int]:
 
 
 def module(depth: int = 2) -> Captioning:
-    return Captioning(tiny.captioner(depth=depth), optim=Optim())
+    return Captioning(tiny.captioner(depth=depth), optim=OptimConfig())
 
 
 def test_blocks_are_those_of_all_towers() -> None:
@@ -110,7 +110,7 @@ def test_throughput_is_logged(tmp_path: Path) -> None:
         enable_progress_bar=False, log_every_n_steps=1, max_steps=5, num_sanity_val_steps=0, callbacks=[meter],
         limit_val_batches=0,
     )  # fmt: skip
-    task = Captioning(tiny.captioner(), optim=Optim())
+    task = Captioning(tiny.captioner(), optim=OptimConfig())
     trainer.fit(task, datamodule=tiny.scenes())
     rows = MetricsLog(tmp_path)._read()
     speeds = [float(row["train/samples_per_second"]) for row in rows if row.get("train/samples_per_second")]

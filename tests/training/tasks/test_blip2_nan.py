@@ -19,7 +19,7 @@ from mmtransformer import CaptionBatch
 from mmtransformer.training import finetune
 from mmtransformer.training.engine.accumulators import norm_of_large
 from mmtransformer.training.engine.guard import not_finite
-from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.training.tasks.tuning import TuningConfig
 from support.cli import mmt
 from support.hub import blip2, folder, pairs
 from support.public import load
@@ -43,7 +43,7 @@ def test_what_learns_of_a_float16_folder_is_float32(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", "blip2", scale=0.1)
     theirs: Any = Blip2ForConditionalGeneration.from_pretrained(base)
     theirs.to(torch.float16).save_pretrained(base)
-    for tuning in (Tuning(), Tuning(["vision", "decoder"], method="lora")):
+    for tuning in (TuningConfig(), TuningConfig(["vision", "decoder"], method="lora")):
         model = finetune(str(base), tuning=tuning).captioner.train()
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]

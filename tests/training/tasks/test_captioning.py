@@ -19,7 +19,7 @@ from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training import Captioning, NonFiniteError, Progress, SamplePrinter, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.evaluation import evaluation as evaluation_module
 
 VOCAB = 300
@@ -74,7 +74,7 @@ def batch(rows: list[int], seed: int = 0) -> CaptionBatch:
 
 def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> list[torch.Tensor]:
     """What the optimizer gets to see at its first step."""
-    module = Captioning(captioner().double(), optim=Optim(warmup_steps=0))
+    module = Captioning(captioner().double(), optim=OptimConfig(warmup_steps=0))
     seen: list[torch.Tensor] = []
 
     class Look(pl.Callback):
@@ -108,7 +108,7 @@ def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> 
 def test_not_a_number_stops_before_the_weights(tmp_path: Path) -> None:
     bad = batch([4, 6], seed=5)
     bad.pixels[1, 0, 2, 7, 7] = math.nan  # type: ignore[index]
-    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=0))
+    module = Captioning(captioner(), optim=OptimConfig(lr=0.01, warmup_steps=0))
     loader = torch.utils.data.DataLoader([batch([4, 6]), bad, batch([3, 3])], batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(
         NonFiniteError, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\."
@@ -214,7 +214,7 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
-    optims = [Optim(lr=0.01, warmup_steps=0, ema_decay=decay) for decay in (0.0, 0.999)]
+    optims = [OptimConfig(lr=0.01, warmup_steps=0, ema_decay=decay) for decay in (0.0, 0.999)]
     plain, averaged = (Captioning(captioner(), optim=optim) for optim in optims)
     for module in (plain, averaged):
         trainer(tmp_path).fit(module, datamodule=scenes())

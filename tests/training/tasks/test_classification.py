@@ -20,7 +20,7 @@ from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.scenes.world import World
+from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.images import Augment, ImageError
 from mmtransformer.training import Classification
 from mmtransformer.training.tasks.classification import class_scores, make_cards, table
@@ -39,7 +39,7 @@ def folder(root: Path, counts: dict[str, int], *, size: int = 24) -> str:
 
 
 def shapes(**options: Any) -> SceneShapes:
-    world = World(group_shares=[1.0])
+    world = SceneWorld(group_shares=[1.0])
     sizes = {"train_size": 30, "val_size": 11, "compositional_size": 7} | options
     return SceneShapes(Scenes(image_size=32, world=world, **sizes))
 

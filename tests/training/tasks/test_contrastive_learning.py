@@ -20,9 +20,9 @@ from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import parse
-from mmtransformer.data.scenes.world import World
+from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.metrics.retrieval import recall_at_k
-from mmtransformer.training import ContrastiveLearning, Optim, Run, finetune_clip
+from mmtransformer.training import ContrastiveLearning, OptimConfig, Run, finetune_clip
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.training.evaluation.zero_shot import sentences, zero_shot
 from mmtransformer.training.tasks.contrastive_learning import RECALLS, recalls
@@ -70,9 +70,9 @@ def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
 
 
 def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world = World(group_shares=(1.0,))
+    world = SceneWorld(group_shares=(1.0,))
     source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3, world=world)
-    task, data = ContrastiveLearning(model(), optim=Optim(warmup_steps=1)), scenes(source)
+    task, data = ContrastiveLearning(model(), optim=OptimConfig(warmup_steps=1)), scenes(source)
     run = trainer(tmp_path)
     run.fit(task, datamodule=data)
     assert {f"{split}/{name}" for split in ("val", "compositional") for name in ("loss", *RECALLS)} <= set(
@@ -133,9 +133,9 @@ def test_recall_passes_over_fillers() -> None:
 def test_it_learns_what_belongs_together(tmp_path: Path) -> None:
     """A few pictures are learnt by heart, by either loss; a model that cannot tell them stays at chance."""
     for loss in ("softmax", "sigmoid"):
-        source = Scenes(image_size=32, train_size=8, val_size=2, world=World(max_count=1, group_shares=(1.0,)))
+        source = Scenes(image_size=32, train_size=8, val_size=2, world=SceneWorld(max_count=1, group_shares=(1.0,)))
         data = scenes(source, batch_size=8, splits=Splits(val=["train"]))
-        task = ContrastiveLearning(model(loss=loss), optim=Optim(kind="muon", lr=5e-3, warmup_steps=5))
+        task = ContrastiveLearning(model(loss=loss), optim=OptimConfig(kind="muon", lr=5e-3, warmup_steps=5))
         trainer(tmp_path, max_steps=100, max_epochs=100, limit_val_batches=0).fit(task, datamodule=data)
         trainer(tmp_path).validate(task, datamodule=data, verbose=False)
         assert task.validation_means["train/image_recall@1"] > 0.8, loss
@@ -143,7 +143,7 @@ def test_it_learns_what_belongs_together(tmp_path: Path) -> None:
 
 def test_a_frozen_towers_tokens_are_cached(tmp_path: Path) -> None:
     def means(**arguments: Any) -> dict[str, float]:
-        task = ContrastiveLearning(model(freeze_vision=True), optim=Optim(warmup_steps=1))
+        task = ContrastiveLearning(model(freeze_vision=True), optim=OptimConfig(warmup_steps=1))
         trainer(tmp_path, max_steps=3).fit(task, datamodule=scenes(**arguments))
         return task.validation_means
 
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_zero_shot_sentences_are_true_of_their_class() -> None:
-    world = World()
+    world = SceneWorld()
     for kind, label in (("shape", "star"), ("color", "red")):
         for language in ("en", "ko"):
             texts = sentences(world, kind, label, language)
@@ -193,7 +193,7 @@ def test_zero_shot_sentences_are_true_of_their_class() -> None:
 
 def test_zero_shot_tells_what_vectors_say() -> None:
     """An encoder whose vectors are the truth is right in all pictures; one that mixes colours up, in none."""
-    data = scenes(Scenes(image_size=32, train_size=4, val_size=9, world=World(group_shares=(1.0,))),
+    data = scenes(Scenes(image_size=32, train_size=4, val_size=9, world=SceneWorld(group_shares=(1.0,))),
                   splits=Splits(val=["val"]))  # fmt: skip
     pairs = data.pairs("val")
     world = pairs.world  # type: ignore[attr-defined]
@@ -262,7 +262,7 @@ def test_a_public_pair_is_fine_tuned_on_pictures_of_all_shapes(kind: str, tmp_pa
     for i, size in enumerate([(60, 40), (40, 60), (33, 90), (20, 20), (90, 33), (48, 48), (24, 56), (56, 24)]):
         Image.effect_noise(size, 80.0).convert("RGB").save(tmp_path / "pairs" / f"{i}.png")
         (tmp_path / "pairs" / f"{i}.txt").write_text(f"a picture of {i} dogs", "utf-8")
-    task = finetune_clip(str(tmp_path / "theirs"), optim=Optim(lr=1e-3, warmup_steps=1))
+    task = finetune_clip(str(tmp_path / "theirs"), optim=OptimConfig(lr=1e-3, warmup_steps=1))
     start = task.start
     assert start is not None
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
@@ -307,7 +307,7 @@ def test_captions_are_as_long_as_the_model_that_is_trained_on_reads(
 def fit_in_a_process(rank: int, folder: str) -> None:
     """Two steps of a model in float64, four pictures a step in all; the weights into a file."""
     warnings.simplefilter("ignore")
-    task = ContrastiveLearning(model(), optim=Optim(warmup_steps=1))
+    task = ContrastiveLearning(model(), optim=OptimConfig(warmup_steps=1))
     run = trainer(
         Path(folder), devices=2, strategy="ddp", precision="64-true", num_nodes=1, use_distributed_sampler=False
     )
@@ -319,7 +319,7 @@ def fit_in_a_process(rank: int, folder: str) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert pair(lambda rank: fit_in_a_process(rank, str(tmp_path))) == [0, 0]
     weights, means = torch.load(tmp_path / "two.pt")
-    task = ContrastiveLearning(model(), optim=Optim(warmup_steps=1))
+    task = ContrastiveLearning(model(), optim=OptimConfig(warmup_steps=1))
     trainer(tmp_path, precision="64-true").fit(task, datamodule=scenes(batch_size=4))
     for name, tensor in task.model.state_dict().items():
         assert float((tensor - weights[name]).abs().max()) < 1e-9, name

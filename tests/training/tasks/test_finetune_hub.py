@@ -17,7 +17,7 @@ from transformers import (
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.training import finetune
-from mmtransformer.training.tasks.tuning import Tuning, _matching
+from mmtransformer.training.tasks.tuning import TuningConfig, _matching
 from mmtransformer.weights.adapters import Adapter, hash_of, part_of
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
@@ -216,7 +216,7 @@ def test_the_whole_of_it_is_written_where_all_learns_or_it_is_wished(
 
 def test_bfloat16_is_of_what_is_frozen_and_never_saved(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", "llava")
-    module = finetune(str(base), tuning=Tuning(["connector"], frozen_dtype="bfloat16"))
+    module = finetune(str(base), tuning=TuningConfig(["connector"], frozen_dtype="bfloat16"))
     kinds = {p.dtype for p in module.captioner.parameters() if not p.requires_grad}
     assert kinds == {torch.bfloat16}
     assert {p.dtype for p in module.captioner.parameters() if p.requires_grad} == {torch.float32}
@@ -248,7 +248,7 @@ def test_bfloat16_is_of_what_is_frozen_and_never_saved(tmp_path: Path) -> None:
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        finetune(str(folder(tmp_path, "llava")), tuning=Tuning(**options))
+        finetune(str(folder(tmp_path, "llava")), tuning=TuningConfig(**options))
 
 
 def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
     base = folder(tmp_path, "llava")
 
     def learn(**options: Any) -> set[str]:
-        captioner = finetune(str(base), tuning=Tuning(**options)).captioner
+        captioner = finetune(str(base), tuning=TuningConfig(**options)).captioner
         return {name for name, p in captioner.named_parameters() if p.requires_grad}
 
     every = learn()
@@ -281,7 +281,7 @@ def test_an_adapter_is_what_was_trained(method: Any, tmp_path: Path) -> None:
         {"rank": 3, "alpha": 12.0, "target_modules": ["q_proj", "fc2"]} if method == "lora" else {}
     )
     parts: Any = ["vision", "decoder"] if method == "full" else ["vision", "connector", "decoder"]
-    module = finetune(str(base), tuning=Tuning(parts, method=method, **options))
+    module = finetune(str(base), tuning=TuningConfig(parts, method=method, **options))
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in module.captioner.parameters():

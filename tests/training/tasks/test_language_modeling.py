@@ -18,7 +18,7 @@ from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.losses.next_token import next_token_loss
-from mmtransformer.training import LanguageModeling, Optim, Run
+from mmtransformer.training import LanguageModeling, OptimConfig, Run
 from mmtransformer.training.evaluation.text_scores import (
     TextScore,
     novelty,
@@ -258,7 +258,7 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
 ) -> None:
     data, module = (
         data_of(),
-        LanguageModeling(decoder_of(), optim=Optim(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4),
+        LanguageModeling(decoder_of(), optim=OptimConfig(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4),
     )
     before = score_texts(module.decoder.eval(), data, "val")["all"].perplexity
     module.train()
@@ -301,7 +301,7 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def module() -> LanguageModeling:
-        return LanguageModeling(decoder_of(dropout=0.1), optim=Optim(lr=1e-2, warmup_steps=2))
+        return LanguageModeling(decoder_of(dropout=0.1), optim=OptimConfig(lr=1e-2, warmup_steps=2))
 
     def saves(name: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / name, every_n_train_steps=3, save_top_k=-1, filename="{step}")

@@ -21,7 +21,7 @@ from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.metrics.bigrams import BigramBaseline
-from mmtransformer.training import MaskedLanguageModeling, Optim, Run
+from mmtransformer.training import MaskedLanguageModeling, OptimConfig, Run
 from mmtransformer.training.evaluation.masked_scores import fill_in, fit_bigrams, score_masked
 
 VOCAB = 320
@@ -378,7 +378,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path) ->
     """Words and pairs: eight steps of one batch of 16 rows, of 4 of 4 and of 16 single rows."""
 
     def trained(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
-        module = MaskedLanguageModeling(encoder_of(), optim=Optim(lr=0.01, warmup_steps=0))
+        module = MaskedLanguageModeling(encoder_of(), optim=OptimConfig(lr=0.01, warmup_steps=0))
         run = trainer(
             tmp_path,
             precision="64-true",
@@ -402,7 +402,7 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = data_of()
-    module = MaskedLanguageModeling(encoder_of(), optim=Optim(lr=1e-2, warmup_steps=20))
+    module = MaskedLanguageModeling(encoder_of(), optim=OptimConfig(lr=1e-2, warmup_steps=20))
     baseline = fit_bigrams(data)
     before = score_masked(module.encoder.eval(), data, "val", baseline)
     module.train()

@@ -38,7 +38,7 @@ from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots.gallery import GAP
 from mmtransformer.plots.retrieval import MARK_INKS, WIDE, FoundImages, FoundTexts, plot_searches
-from mmtransformer.training import Captioning, Optim, QFormerStage1, Run
+from mmtransformer.training import Captioning, OptimConfig, QFormerStage1, Run
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.weights import qformer_from_bert
 
@@ -88,7 +88,7 @@ def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
 
 def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> list[Tensor]:
     """What the optimizer gets to see at its first step."""
-    module = QFormerStage1(model().double(), optim=Optim(warmup_steps=0), match_texts=1)
+    module = QFormerStage1(model().double(), optim=OptimConfig(warmup_steps=0), match_texts=1)
     seen: list[Tensor] = []
 
     class Look(pl.Callback):
@@ -142,7 +142,7 @@ def test_it_learns_to_find() -> None:
     qformer = QFormer(4, 32, 2, 4, 32, cross_attention_frequency=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 32, 1, 4, class_token=False, pool="mean")
     m = Blip2QFormer(vision, qformer, embed_dim=16, cls_token_id=VOCAB)
-    optim = Optim(kind="muon", lr=3e-3, warmup_steps=5)
+    optim = OptimConfig(kind="muon", lr=3e-3, warmup_steps=5)
     optimizer = optim.build(m)
     schedule = optim.schedule(optimizer, 20)
     for step in range(20):

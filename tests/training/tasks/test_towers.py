@@ -15,11 +15,11 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from mmtransformer import (
+    ConcatViT,
     ImageCaptioner,
     ImageIndex,
     ImageTextEmbedder,
     ImageTransform,
-    JoinedTowers,
     NativeSize,
     TextDecoder,
     VisionEncoderDecoder,
@@ -256,10 +256,10 @@ def test_pictures_of_native_size_that_a_tower_cannot_read(options: Any, image: A
     model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4, **options))
     with pytest.raises(ValueError, match=message):
         check_pixels(pictures, model)
-    joined = SimpleNamespace(vision=JoinedTowers(ViT(32, 8, 20, 1, 4)))
+    joined = SimpleNamespace(vision=ConcatViT(ViT(32, 8, 20, 1, 4)))
     with pytest.raises(ValueError, match="a ViT that cuts patches"):
         check_pixels(pictures, joined)
-    model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4), unread=("patch_grids",))
+    model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4), unsupported_fields=("patch_grids",))
     with pytest.raises(ValueError, match="a SimpleNamespace does not read pictures of native size"):
         check_pixels(pictures, model)
 

@@ -19,7 +19,7 @@ from mmtransformer.data.scenes.parallel import Parallel, ParallelTable, SceneTra
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.translation import PairCollate, TranslationData, TranslationRows
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.training import Optim, Translation
+from mmtransformer.training import OptimConfig, Translation
 from mmtransformer.training.engine.optim import noam_peak
 from mmtransformer.training.tasks.translation import by_direction, score_translations, table
 
@@ -321,7 +321,7 @@ def test_model_and_data_must_fit() -> None:
 
 def test_noam_is_the_papers_formula() -> None:
     dim, warmup = 512, 40
-    optim = Optim(lr=noam_peak(dim, warmup), warmup_steps=warmup, lr_schedule="inverse_sqrt", weight_decay=0.0)
+    optim = OptimConfig(lr=noam_peak(dim, warmup), warmup_steps=warmup, lr_schedule="inverse_sqrt", weight_decay=0.0)
     optimizer = optim.build(small())
     schedule = optim.schedule(optimizer, 100_000)
     for step in range(1, 200):
@@ -331,9 +331,9 @@ def test_noam_is_the_papers_formula() -> None:
         schedule.step()
     assert round(noam_peak(512), 6) == 0.000699
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        Optim(warmup_steps=0, lr_schedule="inverse_sqrt").schedule(optimizer, 10)
+        OptimConfig(warmup_steps=0, lr_schedule="inverse_sqrt").schedule(optimizer, 10)
     with pytest.raises(ValueError, match='not "linear"'):
-        Optim(lr_schedule="linear")  # pyright: ignore[reportArgumentType]
+        OptimConfig(lr_schedule="linear")  # pyright: ignore[reportArgumentType]
 
 
 def test_parallel_says_its_direction() -> None:

@@ -14,7 +14,7 @@ from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.data.loading.dataset import Collate, Sample
 from mmtransformer.data.loading.rows import CaptionRow
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.training.tasks.tuning import TuningConfig
 from mmtransformer.weights.adapters import part_of
 from support.cli import mmt
 from support.hub_odd import FAMILIES, family_folder
@@ -118,7 +118,7 @@ def test_the_loss_is_theirs_and_reaches_what_learns(case: tuple[Any, Any, Path, 
     }
     also = next((layer for kind, layer in targets.items() if name.startswith(kind)), "q_proj")
     mine = ["query"] if name == "pix2struct" else ["q_proj", also]
-    Tuning(parts, method="lora", rank=2, target_modules=mine).apply(ours.model)
+    TuningConfig(parts, method="lora", rank=2, target_modules=mine).apply(ours.model)
     loss = ours.model(batch).loss
     assert loss.item() == pytest.approx(total / count, rel=2e-5)
     loss.backward()

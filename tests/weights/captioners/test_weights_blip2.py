@@ -349,12 +349,12 @@ def test_stage_1_of_lavis() -> None:
     bare = {name: t for name, t in state.items() if not name.startswith("visual_encoder")}
     ours = blip2_qformer_from_lavis(bare, vision=vision, num_heads=4, cls_token_id=7)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
-    classed = torch.cat((torch.full_like(tokens[:, :1], 7), tokens[:, 1:]), 1)
+    with_cls_token = torch.cat((torch.full_like(tokens[:, :1], 7), tokens[:, 1:]), 1)
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
     with torch.no_grad():
-        itc = theirs(pixels, placed(classed), mask)
+        itc = theirs(pixels, placed(with_cls_token), mask)
         close(ours.encode_text(tokens, attention_mask), itc.text_embeds)
-        itm = theirs(pixels, placed(classed), mask, use_image_text_matching_head=True)
+        itm = theirs(pixels, placed(with_cls_token), mask, use_image_text_matching_head=True)
         close(ours.match(ours.vision.forward_features(pixels), tokens, attention_mask), itm.logits_per_image)
         hidden = torch.randn(2, 5, 20)
         close(ours.head(hidden), head(hidden))

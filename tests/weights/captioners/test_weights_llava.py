@@ -342,11 +342,11 @@ def test_placeholders_and_sizes_that_do_not_fit(tmp_path: Path) -> None:
     one: Tensor = batch.tokens.clone()
     one[1, -1] = IMAGE
     with pytest.raises(ValueError, match=r"row 1 has \d+ placeholders \(id 57\), but its images \d+ tokens"):
-        ours.embeds(replace(batch, tokens=one))
+        ours.inputs_embeds(replace(batch, tokens=one))
     with pytest.raises(ValueError, match="need a TiledBatch with their image_sizes"):
-        ours.embeds(replace(batch, image_sizes=None))
+        ours.inputs_embeds(replace(batch, image_sizes=None))
     assert batch.image_sizes is not None
     with pytest.raises(ValueError, match=r"samples have .* tiles, and pictures of these sizes"):
-        ours.embeds(replace(batch, image_sizes=batch.image_sizes.flip(0)))
+        ours.inputs_embeds(replace(batch, image_sizes=batch.image_sizes.flip(0)))
     with pytest.raises(ValueError, match="Llava does not support the batch field image_sizes"):
-        small().embeds(batch)
+        small().inputs_embeds(batch)

@@ -16,7 +16,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform
 
 
-class JoinedTowers(ViT):
+class ConcatViT(ViT):
     """One or two ViTs that a captioner, a connector or a projector takes for one, with wider tokens of patches.
 
     It is a ViT to whoever reads its tokens, without a ViT's own parts: no pooling, no classes, no prefix tokens.

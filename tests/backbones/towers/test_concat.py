@@ -9,9 +9,9 @@ import torch
 
 from mmtransformer import (
     CaptionBatch,
+    ConcatViT,
     Flamingo,
     ImageTransform,
-    JoinedTowers,
     LinearProjector,
     Llava,
     MLPProjector,
@@ -38,17 +38,17 @@ def towers() -> tuple[ViT, ViT]:
 @torch.no_grad()
 def test_channels_are_the_chosen_blocks_of_both() -> None:
     (first, second), pixels = towers(), torch.randn(2, 3, 24, 24)
-    joined = JoinedTowers(first, second, layers=(-2, -1), second_layers=(0,))
+    joined = ConcatViT(first, second, layers=(-2, -1), second_layers=(0,))
     assert (joined.dim, joined.grid_size, joined.num_prefix_tokens) == (24 + 24 + 20, (3, 3), 0)
     found = joined.forward_features(pixels).split((24, 24, 20), dim=-1)
     before, last = (x[:, 2:] for x in first.tokens_after(pixels, [1, 2]))
     for part, wanted in zip(found, (before, last, second.tokens_after(pixels, [0])[0]), strict=True):
         assert torch.equal(part, wanted)
-    normed = JoinedTowers(first, second).forward_features(pixels)
+    normed = ConcatViT(first, second).forward_features(pixels)
     assert torch.equal(normed[..., :24], first.forward_features(pixels)[:, 2:])
     assert torch.equal(normed[..., 24:], second.forward_features(pixels))
     wide = torch.randn(1, 3, 16, 40)
-    assert JoinedTowers(first, second).forward_features(wide).shape == (1, 10, 44)
+    assert ConcatViT(first, second).forward_features(wide).shape == (1, 10, 44)
     joined.set_input_size((16, 40))
     assert (joined.grid_size, second.grid_size, joined.image_size) == ((2, 5), (2, 5), (16, 40))
 
@@ -62,7 +62,7 @@ def test_each_tower_gets_pixels_of_its_own_mean() -> None:
     second.transform = replace(first.transform, mean=(0.5, 0.3, 0.2), std=(0.9, 0.6, 0.4))
     picture = Image.effect_noise((31, 40), 90.0).convert("RGB")
     pixels = first.transform(picture)[None]
-    found = JoinedTowers(first, second).forward_features(pixels)
+    found = ConcatViT(first, second).forward_features(pixels)
     wanted = second.forward_features(second.transform(picture)[None])
     torch.testing.assert_close(found[..., 24:], wanted, atol=1e-5, rtol=1e-5)
 
@@ -86,7 +86,7 @@ def connectors(vision: ViT) -> list[Captioner]:
 @pytest.mark.parametrize("number", range(6))
 def test_they_feed_every_connector_and_are_saved_with_it(number: int, tmp_path: Path) -> None:
     first, second = towers()
-    vision = JoinedTowers(first, second, layers=(-2, -1), second_layers=(-2,))
+    vision = ConcatViT(first, second, layers=(-2, -1), second_layers=(-2,))
     captioner = connectors(vision)[number]
     tokens = torch.cat((torch.full((2, 9), 30), torch.randint(0, 29, (2, 5))), 1)
     real = torch.ones_like(tokens, dtype=torch.bool)
@@ -108,8 +108,8 @@ def test_refused() -> None:
     ]
     for given, said in cases:
         with pytest.raises(ValueError, match=said):
-            JoinedTowers(first, **given)
+            ConcatViT(first, **given)
     with pytest.raises(ValueError, match=r"px into \(3, 3\) patches, the second \(24, 24\) px into \(6, 6\)"):
-        JoinedTowers(first, ViT(24, 4, 20, 1, 4))
+        ConcatViT(first, ViT(24, 4, 20, 1, 4))
     with pytest.raises(ValueError, match="say them as layers and second_layers"):
-        JoinedTowers(first, second).tokens_after(torch.zeros(1, 3, 24, 24), [0])
+        ConcatViT(first, second).tokens_after(torch.zeros(1, 3, 24, 24), [0])
