@@ -185,7 +185,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check absolute", 0, ("24 pictures", "image=was", "absolute paths")),
     ("check arrow", 0, ("Arrow data-00000-of-00001.arrow: 24 pictures",)),
     ("check lists", 0, ("24 pictures, 48 captions", "cells that hold a list as text, read as its captions: 24")),
-    ("check html", 0, ("captions with HTML in them", "24 of 24", "--normalize html")),
+    ("check html", 0, ("captions with HTML or marks in them", "24 of 24", "--normalize html")),
     ("check listed", 0, ("Flickr token file list.txt: 24 pictures",)),
     ("check spaced", 0, ("list of pictures list.txt: 24 pictures",)),
     ("check wrapped", 0, ("JSON result.json: 24 pictures",)),

@@ -342,7 +342,7 @@ def _captions(
         ("captions that say next to nothing", short, total, True, "rewrite them"),
         ("captions with letters that were lost (U+FFFD)", lost, total, True, "save them in UTF-8 from where they came"),
         ("captions that a picture has several times", again, total, False, "leave one of each, or they weigh more"),
-        ("captions with HTML in them, which a model would learn to write", html, total, False, _HTML),
+        ("captions with HTML or marks in them, which a model would learn to write", html, total, False, _HTML),
     ]
 
 

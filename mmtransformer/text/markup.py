@@ -1,4 +1,4 @@
-"""From captions with HTML in them, as they come off web pages, to plain text."""
+"""From captions with HTML in them, as they come off web pages, or with marked phrases, to plain text."""
 
 import html
 import re
@@ -12,8 +12,16 @@ _TAG = re.compile(
 )
 
 
+_PHRASE = re.compile(r"\[/EN#\d+(?:/\w+)+ ([^\[\]]*)\]")  # Flickr30k Entities
+
+
 def find_markup(text: str) -> str | None:
-    """The first of HTML's entities and tags in a text, such as "&amp;" and "<br>"; None if it has none."""
+    """The first of HTML's entities and tags in a text, such as "&amp;" and "<br>"; None if it has none.
+
+    Marks of Flickr30k Entities, "[/EN#1/people a man]", count too.
+    """
+    if "[/EN#" in text and (found := _PHRASE.search(text)) is not None:
+        return found[0]
     if "&" in text and (found := next((m[0] for m in _ENTITY.finditer(text) if _character(m) != m[0]), None)):
         return found
     found = _TAG.search(text) if "<" in text else None
@@ -23,9 +31,10 @@ def find_markup(text: str) -> str | None:
 def strip_markup(text: str) -> str:
     """A text with what HTML's entities stand for, and without its tags.
 
-    "Tom &amp; Jerry&#39;s<br>" becomes "Tom & Jerry's". What was escaped twice ("&amp;quot;") is read twice. Signs that
-    only look like HTML ("R&D;", "a < b") stay.
+    "Tom &amp; Jerry&#39;s<br>" becomes "Tom & Jerry's", "[/EN#1/people a man] walks" "a man walks". What was escaped
+    twice ("&amp;quot;") is read twice. Signs that only look like HTML ("R&D;", "a < b") stay.
     """
+    text = _PHRASE.sub(r"\1", text) if "[/EN#" in text else text
     plain = _TAG.sub(" ", _ENTITY.sub(_character, text)) if "&" in text else _TAG.sub(" ", text)
     return text if plain == text else " ".join(plain.split())
 

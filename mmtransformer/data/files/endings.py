@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import re
+import unicodedata
 import zlib
 
 ARCHIVES = (".zip", ".tar")
@@ -23,7 +24,7 @@ UNREAD = (
 """Files that may hold captions and are not read."""
 OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
-    r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|thumbs(_\w+)?\.db|(cache|tmp)[^/]*\.arrow)[^/]*$",
+    r"|image_info_|dataset_?(info|dict)|state\.json|\d+_stats\.json|package|tokenizer|bad_images|thumbs(_\w+)?\.db|(cache|tmp)[^/]*\.arrow)[^/]*$",
     re.IGNORECASE,
 )
 """Files that lie beside manifests and hold no captions."""
@@ -34,6 +35,8 @@ _FOREIGN = {
     ".rar": "RAR", ".7z": "7-Zip", ".alz": "ALZip", ".egg": "ALZip", ".zipx": "ZIPX", ".lzh": "LHA", ".cab": "CAB",
     ".zst": "Zstandard", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz",
 }  # fmt: skip
+# a picture's own file, named after all of it: cat.jpg.txt, Google's cat.jpg.supplemental-metadata.json (cut at 46)
+_AFTER = re.compile(rf"(.+)({'|'.join(map(re.escape, IMAGES))})(?:\.s[a-z-]*)?(\(\d+\))?", re.IGNORECASE)
 _PART = re.compile(r"(.+\.(?:zip|tar|7z|rar|alz|egg|gz|tgz))\.(?:part)?\d+|(.+)\.(?:z\d\d|r\d\d|part\d+\.rar)")
 
 
@@ -41,6 +44,22 @@ def plain_name(path: str) -> str:
     """A path in lower case, a compressed text's without what says so: "a.csv" for "A.csv.gz"."""
     name = path.lower()
     return name.rpartition(".")[0] if name.endswith(PACKED_TEXTS) else name
+
+
+def picture_of(path: str) -> str | None:
+    """The picture that a file is named after with its ending: "a.jpg" for "a.jpg.txt"; None of others.
+
+    Google's "a.jpg.supplemental-metadata(1).json" is that of "a(1).jpg".
+    """
+    stem = path.rpartition(".")[0]
+    found = _AFTER.fullmatch(stem) if "." in stem.rpartition("/")[2] else None
+    return f"{found[1]}{found[3] or ''}{found[2]}" if found else None
+
+
+def own_stem(path: str) -> str:
+    """The path, in composed Unicode, of what a file is named after, without ending: "a" for "a.txt" and "a.jpg.txt"."""
+    path = unicodedata.normalize("NFC", path)
+    return (picture_of(path) or path).rpartition(".")[0]
 
 
 def unpack_hint(path: str) -> str | None:

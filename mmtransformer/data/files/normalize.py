@@ -1,5 +1,6 @@
 """What users' data leaves open, decided in one way for all formats: the language of a text, the split of a picture."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -84,11 +85,24 @@ def find_split(name: str, there: Collection[str], where: str) -> str:
 
 def folder_splits(paths: Sequence[str]) -> list[str | None]:
     """The split that a folder of each path names, where one of the folders is that of training; else none."""
-    found = [
-        next((SPLITS[word] for part in path.split("/")[:-1] if (word := part.casefold()) in SPLITS), None)
-        for path in paths
-    ]
-    return found if "train" in found else [None] * len(paths)
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+    for say in (_split_of, _aihub_split):
+        told = {folder: next(filter(None, map(say, folder.split("/"))), None) for folder in folders}
+        if "train" in told.values():
+            return [told[path.rpartition("/")[0]] for path in paths]
+    return [None] * len(paths)
+
+
+def _split_of(folder: str) -> str | None:
+    """The split that a folder, or an archive, is called like: train, train2014, 1.Training, val.zip."""
+    word = re.sub(r"\.(zip|tar)$", "", folder.casefold())
+    return SPLITS.get(re.sub(r"^[\d\W_]+|[\d\W_]+$", "", word))
+
+
+def _aihub_split(folder: str) -> str | None:
+    """The split of AI Hub's TS1.zip and VS_2.zip: T for training, V for validation."""
+    found = re.fullmatch(r"([TV])S(\d.*|_.*)?\.(zip|tar)|([TV])S(\d+|_.*)", folder)
+    return {"T": "train", "V": "val"}.get(found[1] or found[4]) if found else None
 
 
 def normalize_splits(

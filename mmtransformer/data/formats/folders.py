@@ -7,8 +7,8 @@ from typing import Any
 
 from mmtransformer.data.files.archives import FileError, Files
 from mmtransformer.data.files.cells import read_captions
-from mmtransformer.data.files.columns import find_columns
-from mmtransformer.data.files.endings import IMAGES, OTHERS
+from mmtransformer.data.files.columns import find_columns, looks_like_image
+from mmtransformer.data.files.endings import IMAGES, OTHERS, picture_of
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Wanted
@@ -20,6 +20,7 @@ from mmtransformer.images.files import kind_of
 PARALLEL = "captions in a folder of their own"
 _NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
 _TEXTS = (".txt", ".caption", ".json")
+_MASK = re.compile(r"(.+)[_-](?:mask|masklabel|condlabel|depth|segmentation)", re.IGNORECASE)
 _DEEP = 6  # levels of a JSON file that are looked through
 
 _Texts = dict[str, list[tuple[Entry, str | None]]]
@@ -39,31 +40,42 @@ def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[Mani
     texts: _Texts = {}
     records: _Texts = {}
     images = [entry for entry in images_in.entries if entry.path.lower().endswith(IMAGES)]
+    paths = [nfc(image.path) for image in images]
     for entry in files.entries:
         stem, _, suffix = nfc(entry.path).rpartition(".")
         if suffix.lower() in ("txt", "caption", "json"):
             kind = records if suffix.lower() == "json" else texts
             plain, _, code = stem.rpartition(".")
-            kind.setdefault(stem, []).append((entry, None))
+            kind.setdefault(picture_of(nfc(entry.path)) or stem, []).append((entry, None))
             if code.lower() in CODES and "/" not in code:
                 kind.setdefault(plain, []).append((entry, code.lower()))
     beside = [_stem(image) for image in images]
+    there = {*paths}
     if lone := {stem for kind in (texts, records) for stem in kind} - {*beside}:  # their pictures may lack an ending
         for entry in images_in.entries:
-            if (path := nfc(entry.path)) in lone and kind_of(images_in.read(entry)[:64]):
+            if (path := nfc(entry.path)) in lone and path not in there and kind_of(images_in.read(entry)[:64]):
                 images.append(entry)
                 beside.append(path)
-    elsewhere = _elsewhere([stem for stem in beside if stem not in texts], texts, {*beside})
-    lone = [stem for stem in beside if stem not in texts and stem not in elsewhere and stem not in records]
-    elsewhere |= _elsewhere(lone, records, {*beside})
+                paths.append(path)
+    elsewhere: _Texts = {}
+    for kind in (texts, records):
+        for keys in (beside, paths):  # "a.txt", then "a.jpg.txt"
+            both = zip(keys, beside, paths, strict=True)
+            known = (kind, texts, elsewhere)
+            lone = [key for key, *own in both if not any(one in some for one in own for some in known)]
+            elsewhere |= _elsewhere(lone, kind, {*keys})
     used: set[str] = set()
-    for image, stem in zip(images, beside, strict=True):
-        found = texts.get(stem) or elsewhere.get(stem) or records.get(stem, [])
+    for image, stem, path in zip(images, beside, paths, strict=True):
+        found = next((some[key] for some in (texts, elsewhere, records) for key in (stem, path) if key in some), [])
+        if not found and (mask := _MASK.fullmatch(stem)) and mask[1] in texts:
+            yield ManifestRow(None, (), None, image.path, notes=(("masks of other pictures, left out", ""),))
+            continue
         if not found and images_in is not files:  # a folder that is named may hold others' pictures too
             yield ManifestRow(None, (), None, image.path, notes=(("pictures without a caption file, left out", ""),))
             continue
         used.update(entry.path for entry, _ in found)
-        notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in found[:1] if stem in elsewhere]
+        away = found[:1] if stem in elsewhere or path in elsewhere else []
+        notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in away]
         yield _row(files, image, images_in.split_of(image), found, notes, wanted)
     unread = {
         _stem(entry): entry.path for entry in images_in.entries if not entry.path.lower().endswith((*IMAGES, *_TEXTS))
@@ -175,13 +187,16 @@ def _captions_of_json(
     except (ValueError, RecursionError) as error:
         errors.append(("not JSON", f"{name}: {error}"))
         return []
+    texts: list[str] = []  # their keys
     wanted = wanted._replace(images=False, image=None, language=None, split=None)
     for _ in range(_DEEP):
         records = [value for value in level if isinstance(value, dict)]
+        texts += [key for record in records for key, value in record.items() if isinstance(value, str)]
         found: list[Caption] = []
         for record in records:
             try:
-                columns = find_columns([key for key, value in record.items() if value is not None], wanted, name)
+                keys = [key for key, value in record.items() if value is not None and not _is_name(value)]
+                columns = find_columns(keys, wanted, name)
             except ValueError:
                 continue
             for key, said in columns.captions:
@@ -190,8 +205,14 @@ def _captions_of_json(
         if found or errors:
             return found
         level = [inner for value in level for inner in _inside(value)]
-    errors.append(("no caption", f"{name} has no key that is called like one"))
+    way = f": --caption-column names one of {', '.join(dict.fromkeys(texts))[:200]}" if texts else ""
+    errors.append(("no caption", f"{name} has no key that is called like one{way}"))
     return []
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a text is the picture's own name, as in the titles of Google's exports."""
+    return isinstance(value, str) and looks_like_image(value)
 
 
 def _inside(value: Any) -> list[Any]:

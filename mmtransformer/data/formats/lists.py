@@ -1,7 +1,7 @@
 """Lists of pictures without a header: a name, what divides it from its caption, and the caption, a line each."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.cells import read_captions
@@ -18,20 +18,29 @@ _LINE = re.compile(
     r"(?P<mark>\s*[\t|,;:]\s*|\s+)(?P<text>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_ID = re.compile(r"(?P<name>[^\t,|/\\ ]+?)(?:#\d+)?(?P<mark>\t)\s*(?P<text>[^\t]*\S[^\t]*)")  # with no ending
 _SPLIT_LIST = re.compile(r"(^|[._])(train|dev|val|test)_?images\.txt$", re.IGNORECASE)
 _SOME = 20  # lines that tell what a file is
 
 
-def list_format(head: bytes) -> str | None:
+def list_format(head: bytes, ids: Collection[str] = ()) -> str | None:
     """Whether a text, by its first lines, is "flickr" ("name.jpg#0<TAB>caption") or another "list"; None if neither.
 
     Every line of a list begins with the name of a picture, and words follow: numbers alone (of classes, or boxes) are
     no captions, nor are single words behind a space (names of classes). Columns in the middle, but for a caption's
-    number, make a table that needs a header.
+    number, make a table that needs a header. In a list with tabs, the names may lack their endings.
+
+    Args:
+        head: The beginning of the text.
+        ids: The names of the pictures there are, without their endings.
     """
     some = [line.text for line in lines(head) if line.text and line.text.strip()][:_SOME]
     if some and _TOKEN.fullmatch(some[0]):
         return "flickr"
+    by_id = [match for line in some if (match := _ID.fullmatch(line))]
+    if some and len(by_id) == len(some) and sum(match["name"] in ids for match in by_id) * 2 >= len(some):
+        words = sum(" " in match["text"] or not match["text"].isascii() for match in by_id)
+        return "list" if 2 * words >= len(some) else None
     found = [match for line in some if (match := _LINE.fullmatch(line))]
     if not found or 10 * len(found) < 9 * len(some) or not _LINE.fullmatch(some[0]):
         return None
@@ -55,7 +64,7 @@ def read_list(files: Files, entry: Entry) -> Iterator[ManifestRow]:
                 splits[(line.text or "").strip()] = SPLITS[match[2].lower()]
     for line in lines(files.read_text(entry)):
         where = f"{entry.path}:{line.number}"
-        match = (_TOKEN.fullmatch(line.text) or _LINE.fullmatch(line.text)) if line.text else None
+        match = next(filter(None, (form.fullmatch(line.text or "") for form in (_TOKEN, _LINE, _ID))), None)
         if match is None:
             if line.text is None or line.text.strip():
                 cause = ("not UTF-8", line.hint) if line.text is None else ("not name<TAB>caption", line.text)

@@ -17,12 +17,13 @@
 Conversations with one question (LLaVA's, chats') and tasks of Label Studio are read as jsonl or json.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 from mmtransformer.data.files.archives import MAX_BYTES, Files
 from mmtransformer.data.files.columns import find_columns
-from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, plain_name
+from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, own_stem, plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
@@ -32,8 +33,12 @@ from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.json_shapes import fits, json_shape
 from mmtransformer.data.formats.json_text import json_lines, load_json
 from mmtransformer.data.formats.lists import list_format
+from mmtransformer.data.formats.overlooked import download_logs, keys_of, unread
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
 from mmtransformer.data.formats.readers import BY_SUFFIX, SUFFIXES, image_ids
+
+# in the names of files that say what those without it say: Flickr8k.lemma.token.txt
+_AGAIN = re.compile(r"[._-](lemma|tokeni[sz]ed|gt|meta)(?=[._-][^/]*$)", re.IGNORECASE)
 
 
 class Manifest(NamedTuple):
@@ -53,59 +58,6 @@ class Manifest(NamedTuple):
     def base(self) -> str:
         """The folder, or archive, that its names are relative to."""
         return self.entry.path.rpartition("/")[0]
-
-
-def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Tables and the like that lie among pictures and are not read, each with what can be done about it.
-
-    Of JSON in the files of single pictures, and of texts, nothing is said here.
-
-    Args:
-        files: All files.
-        images: The paths of the pictures; a file named like one belongs to it.
-    """
-    names = [nfc(path).rpartition(".")[0] for path in images]
-    stems = {*names, *(name.rpartition("/")[2] for name in names)}
-    for entry in files.entries:
-        name = plain_name(entry.path)
-        if (
-            name.endswith(UNREAD)
-            and not name.endswith(SUFFIXES)
-            and not OTHERS.search(name)
-            and nfc(entry.path).rpartition(".")[0] not in stems
-        ):
-            kind = name[name.rfind(".") :]
-            yield entry.path, f"{kind} is not read: if it holds the captions, save them as CSV, JSON or .xlsx"
-        if (
-            not name.endswith(SUFFIXES)
-            or name.endswith(".txt")
-            or nfc(entry.path).rpartition(".")[0] in stems
-            or (name.endswith(".json") and nfc(entry.path).rpartition(".")[0].rpartition("/")[2] in stems)
-        ):
-            continue
-        if OTHERS.search(name) and not name.endswith((*TABLES, ".xlsx")):
-            continue
-        way = f"if it holds the captions, give it as the root: {files.root.name}/{entry.path}"
-        if name.endswith(".json"):
-            way = _keys(files, entry)
-        if name.endswith(TABLES):
-            first = next((line.text for line in lines(files.read_text(entry)[:65536]) if line.text), "")
-            cells = [cell.strip() for cell in first.split(sniff(first))]
-            way = (
-                f"its columns are {', '.join(cells[:8])}; {way}, and name its columns: --image-column, --caption-column"
-            )
-        yield entry.path, way
-
-
-def _keys(files: Files, entry: Entry) -> str:
-    """What a JSON file in which no captions are found has for keys, and what to write."""
-    try:
-        data = load_json(files, entry)
-    except ValueError as error:
-        return str(error)
-    keys = [str(key) for key in list(data)[:8]] if isinstance(data, dict) else []
-    what = f"its keys are {', '.join(keys)}, and no list below" if keys else "nothing in it"
-    return f'{what} names pictures with captions; write [{{"image": ..., "caption": ...}}, ...]'
 
 
 def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = None) -> list[Manifest]:
@@ -128,11 +80,14 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     if format == "folder":
         return []
     if files.asked is not None:
+        name = plain_name(files.asked.path)
+        if name.endswith(UNREAD) and not name.endswith(SUFFIXES):
+            raise ValueError(f"{files.root / files.asked.path}: {unread(name)}")
         kind = _format_of(files, files.asked, wanted, alone=True) if format == "auto" else format
         if kind is None:
             path = files.root / files.asked.path
             if plain_name(path.name).endswith(".json"):
-                raise ValueError(f"{path}: {_keys(files, files.asked)}")
+                raise ValueError(f"{path}: {keys_of(files, files.asked)}")
             raise ValueError(f"{path} holds no captions of a known format; name it: format=...")
         return [Manifest(files.asked, kind)]
     in_folders = [entry for entry in files.entries if entry.archive < 0]
@@ -144,6 +99,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
         found = [m for entry in in_folders if (m := _anywhere(files, entry, wanted, beside)) is not None]
     if not found and format in ("auto", "parquet", "arrow"):
         found = [m for e in in_folders if (m := _columnar(files, e, wanted)) and format in ("auto", m.format)]
+    found = _meant(files, found, wanted) if len(found) > 1 else found
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
     if len(found) < 2:
@@ -159,11 +115,31 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     )
 
 
+def _meant(files: Files, found: list[Manifest], wanted: Wanted) -> list[Manifest]:
+    """Those of several that are meant: none without captions, and none that says those of another once more."""
+    paths = {m.entry.path for m in found}
+    again = {m.entry.path for m in found if (plain := _AGAIN.sub("", m.entry.path)) != m.entry.path and plain in paths}
+    files.refused |= dict.fromkeys(again, "what another file says, once more: as words, or with notes")
+    found = [m for m in found if m.entry.path not in again]
+    told = [m for m in found if _says(files, m, wanted)] or found
+    files.refused |= dict.fromkeys((m.entry.path for m in found if m not in told), "names no pictures with captions")
+    return told
+
+
+def _says(files: Files, manifest: Manifest, wanted: Wanted) -> bool:
+    """Whether a manifest names pictures and captions by its content, where its format may be that of something else."""
+    if manifest.format == "csv":
+        return _has_columns(files.read_text(manifest.entry)[:65536], wanted)
+    if manifest.format != "json":
+        return True
+    shape = json_shape(load_json(files, manifest.entry), wanted, image_ids(files))
+    return shape is not None and fits(shape.data, wanted)
+
+
 def _columnar(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
     """A table of Parquet or Arrow, wherever it lies, if it has pictures and captions and is no log of a tar."""
     name = entry.path.lower()
-    tar = f"{(files.root / entry.path).with_suffix('')}.tar"
-    if not name.endswith(COLUMNAR) or OTHERS.search(name) or tar in files.archives:
+    if not name.endswith(COLUMNAR) or OTHERS.search(name) or entry.path in download_logs(files):
         return None
     try:
         read_columnar(files, entry, wanted)
@@ -173,8 +149,8 @@ def _columnar(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
 
 
 def _own_split(manifest: Manifest) -> str | None:
-    folder, _, name = manifest.entry.path.rpartition("/")
-    return split_word(name) or split_word(folder.rpartition("/")[2])
+    """The split that a manifest's name says, or that of the nearest folder that says one."""
+    return next(filter(None, map(split_word, reversed(manifest.entry.path.split("/")))), None)
 
 
 def _by_archive(files: Files) -> list[tuple[list[Entry], int]]:
@@ -196,7 +172,7 @@ def _anywhere(files: Files, entry: Entry, wanted: Wanted, beside: set[str]) -> M
     if nfc(entry.path).rpartition("/")[2].partition(".")[0] in beside:
         return None
     if name.endswith(".txt"):
-        found = list_format(files.read_text(entry)[:65536])
+        found = list_format(files.read_text(entry)[:65536], beside)
         return Manifest(entry, found) if found else None
     try:
         if not name.endswith(".json"):
@@ -221,13 +197,13 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
     stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
-    own = {stem.rpartition("/")[2] for stem in stems}  # of pictures, which have files of their names elsewhere
-    several = sum(nfc(e.path).rpartition("/")[2].removesuffix(".json") in own for e in entries) > 1
-    tars = {archive.removesuffix(".tar") + ".parquet" for archive in files.archives if archive.endswith(".tar")}
+    own = image_ids(files)  # which have files of their names elsewhere, as in another archive
+    several = sum(own_stem(e.path).rpartition("/")[2] in own for e in entries if e.path.lower().endswith(".json")) > 1
+    logs = download_logs(files)
     found: list[Manifest] = []
     for entry in entries:
-        stem = nfc(entry.path).rpartition(".")[0]
-        if stem in stems or stem.rpartition(".")[0] in stems or str(files.root / entry.path) in tars:
+        stem = own_stem(entry.path)
+        if stem in stems or stem.rpartition(".")[0] in stems or entry.path in logs:
             continue
         parts = entry.path.split("/")[skip + lone :]
         name = plain_name(parts[-1])
@@ -278,7 +254,7 @@ def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) 
         if "lemma" in name.rpartition("/")[2] or entry.size > 1 << 28:
             return None
         head = files.read_text(entry)[:65536]
-        if (found := list_format(head)) is not None:
+        if (found := list_format(head, image_ids(files))) is not None:
             return found
         # a .txt is a table if its first line names its columns
         return "csv" if alone or _has_columns(head, wanted) else None

@@ -19,7 +19,8 @@ from mmtransformer.data.files.normalize import folder_splits, normalize_language
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.folders import read_folder
-from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked
+from mmtransformer.data.formats.manifests import Manifest, find_manifests
+from mmtransformer.data.formats.overlooked import overlooked
 from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
@@ -86,7 +87,8 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     reader.count_missing()
     report, what = reader.report, f"{Path(root).expanduser()} ({said[0]})"
     if not report.rows:
-        raise ValueError(f"{what} holds no pictures and no manifest with captions" + _also(files.refused))
+        left = files.refused | dict(overlooked(files, ())) if not manifests else files.refused
+        raise ValueError(f"{what} holds no pictures and no manifest with captions" + _also(left))
     for path, reason in files.refused.items():
         report.note("file left out", path, reason)
     report.enforce(what, max_bad_fraction)
@@ -113,7 +115,7 @@ def _normalize(
         The members of each split, the languages there are, and what was done, in words.
     """
     if all(row.split is None for row in rows):
-        paths = [row.place.inner if isinstance(row.place, Entry) else row.name for row in rows]
+        paths = [nfc(row.place.path) if isinstance(row.place, Entry) else row.name for row in rows]
         for row, split in zip(rows, folder_splits(paths), strict=True):
             row.split, rule = split, "by their folders" if split else rule
     _normalize_names(rows)

@@ -118,7 +118,7 @@ def test_languages_of_coco(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ({"version": "5", "shapes": [{"label": "dog"}]}, "its keys are version, shapes, and no list below"),
-        ({"images": IMAGES, "annotations": [{"image_id": 1, "bbox": [1]}]}, "its keys are images, annotations"),
+        ({"images": IMAGES, "annotations": [{"image_id": 1, "bbox": [1]}]}, "boxes and classes, with the keys images"),
         ({"a": ROWS, "b": ROWS}, "its keys are a, b, and no list below"),
         ([1, 2], "nothing in it names pictures"),
     ],
