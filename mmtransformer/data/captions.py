@@ -22,14 +22,14 @@ from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
-from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, loads_of, size_of
+from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, image_readers, size_of
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairSplit
 from mmtransformer.images import Augment, ImageError, ImageTransform
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.processors.processor import Processor, Worded
+from mmtransformer.weights.processors.processor import Processor, ProcessorPromptBuilder
 
 _log = logging.getLogger(__name__)
 MAX_LEN = 64  # tokens of a caption unless told
@@ -152,10 +152,10 @@ class CaptionData(DataModule):
             self._tiled = processor if processor.opening()[0] is None else None
         if self._tiled is not None and self.cache_features is not None:
             raise ValueError("data.cache_features is for pictures of one tile, and this model cuts them into several")
-        self.forget()
+        self.clear_cache()
         self._features, self._datasets = {}, {}
 
-    def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
+    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16) -> str:
         """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Args:
@@ -166,9 +166,9 @@ class CaptionData(DataModule):
         return line
 
     @property
-    def prompting(self) -> Worded | None:
+    def prompt_builder(self) -> ProcessorPromptBuilder | None:
         """What makes the prompts of a public model; None = plain ones."""
-        return None if self.processor is None else Worded(self.processor)
+        return None if self.processor is None else ProcessorPromptBuilder(self.processor)
 
     @once_a_split
     def pairs(self, split: str) -> Pairs:
@@ -206,9 +206,9 @@ class CaptionData(DataModule):
         """Where pictures that cannot be read are recorded."""
         return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad_fraction)
 
-    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+    def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""
-        return loads_of(self.pairs(split), names)
+        return image_readers(self.pairs(split), names)
 
     def use_features(
         self,
@@ -328,8 +328,8 @@ class CaptionData(DataModule):
         Returns:
             The same pictures with tokens (b q).
         """
-        if self.prompting is not None:
-            return self.prompting(batch, [language])
+        if self.prompt_builder is not None:
+            return self.prompt_builder(batch, [language])
         prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
         prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.add_image_tokens)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)
@@ -350,14 +350,14 @@ class CaptionData(DataModule):
         texts = Lazy(len(rows), lambda i: [part for caption in rows.captions[i] for part in caption])
         return Parts(pairs.name, texts, getattr(pairs, "fingerprint", None), sums=rows.sums)
 
-    def changed(self, name: str, was: Any, now: Any) -> str:
+    def mismatch_message(self, name: str, was: Any, now: Any) -> str:
         """What to say when the mixture or the tokenizer is not what it was."""
         if name == "mixture":
             return (
                 f"an epoch of the run took {was} pictures of its sources, and now takes {now}; use the weights of "
                 f"the run, or start a new one"
             )
-        return super().changed(name, was, now)
+        return super().mismatch_message(name, was, now)
 
 
 def _opening(processor: Processor, question: str | None) -> Opening:

@@ -15,7 +15,7 @@ from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import DataModule, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.loading.source import loads_of, scaled_image
+from mmtransformer.data.loading.source import image_readers, scaled_image
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.images import Augment, ImageError, ImageTransform
 from mmtransformer.serialization.printable import counted
@@ -171,9 +171,9 @@ class ClassData(DataModule):
         """Where pictures that cannot be read are recorded."""
         return BadImages.of_split(self.report_folder(), split, len(self.images(split)), self.max_bad_fraction)
 
-    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+    def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""
-        return loads_of(self.images(split), names)
+        return image_readers(self.images(split), names)
 
     def describe(self) -> str:
         """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""
@@ -192,6 +192,6 @@ class ClassData(DataModule):
         """The classes."""
         return {"classes": list(self.classes)}
 
-    def changed(self, name: str, was: Any, now: Any) -> str:
+    def mismatch_message(self, name: str, was: Any, now: Any) -> str:
         """What to say when the classes are not what they were."""
         return f"the classes were {', '.join(was)} and are now {', '.join(now)}"

@@ -117,7 +117,7 @@ class InterleavedData(DataModule):
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
 
-    def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
+    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16) -> str:
         """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Pictures of documents have one size: those of a tower that reads native sizes are stretched to a square.
@@ -142,7 +142,7 @@ class InterleavedData(DataModule):
         if processor is not None:
             raise ValueError("a public captioner is fine-tuned on pairs (CaptionData), not on interleaved documents")
         self.tokenizer, self.transform = tokenizer, of_one_size(transform, "interleaved documents have")
-        self.forget()
+        self.clear_cache()
         self._captions = None
 
     @once_a_split
@@ -191,7 +191,7 @@ class InterleavedData(DataModule):
         total = int(self.rows(split).images.sum())
         return BadImages.of_split(self.report_folder(), f"documents_{split}", total, self.max_bad_fraction)
 
-    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+    def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""
         documents = self.documents(split)
         places = ((i, k) for i in range(len(documents)) for k in range(len(documents.document(i).texts) - 1))

@@ -44,7 +44,7 @@ from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.processors.processor import Processor, Worded
+from mmtransformer.weights.processors.processor import Processor, ProcessorPromptBuilder
 
 if TYPE_CHECKING:
     from mmtransformer.weights.adapters import Adapter
@@ -271,7 +271,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         if prompt is not None and (given is not None or self.processor is None):
             why = "this model was trained without prompts" if given is None else "examples stand before the pictures"
             raise ValueError(f"{why}, so the prompt {prompt!r:.40} would not be read: leave it out")
-        return given if given is not None or self.processor is None else Worded(self.processor, prompt)
+        return given if given is not None or self.processor is None else ProcessorPromptBuilder(self.processor, prompt)
 
     def language(self, language: str | None) -> str | None:
         """The language to caption in: the one asked for, or else the first that the model knows.

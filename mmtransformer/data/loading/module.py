@@ -193,7 +193,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         """Where samples of a split that cannot be read are recorded; None where there can be none."""
         return None
 
-    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+    def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of samples that could not be read, those that are still in a split, each with what reads it."""
         return {}
 
@@ -222,7 +222,7 @@ class DataModule(lightning.LightningDataModule, ABC):
         """What a run must have again when it goes on: plain values by name, saved with it and compared."""
         return {}
 
-    def changed(self, name: str, was: Any, now: Any) -> str:
+    def mismatch_message(self, name: str, was: Any, now: Any) -> str:
         """What to say of a part of the `identity` that is not what it was, behind "cannot resume: "."""
         if name == "tokenizer":
             return (
@@ -262,12 +262,12 @@ class DataModule(lightning.LightningDataModule, ABC):
         """Where reports on the data belong: `report_dir`, or the folder of the run."""
         return Path(self.report_dir or (self.trainer.default_root_dir if self.trainer else "."))
 
-    def forget(self) -> None:
-        """Forget what was read and tokenised, as a tokenizer that is replaced asks for."""
+    def clear_cache(self) -> None:
+        """Drop what was read and tokenised, as a tokenizer that is replaced asks for."""
         self._kept.clear()
 
     @property
-    def begins(self) -> bool:
+    def is_new_run(self) -> bool:
         """Whether this is the first process of a run that starts anew: the one to remove an earlier run's reports."""
         return self.trainer is not None and self.trainer.is_global_zero and not self.trainer.ckpt_path
 
@@ -286,10 +286,10 @@ class DataModule(lightning.LightningDataModule, ABC):
         for split in self.splits_of(stage):
             self.prepare(split)
             if self.trainer and self.trainer.is_global_zero and (bad := self.bad_samples(split)):
-                if self.begins:
+                if self.is_new_run:
                     bad.reset()
                 elif listed := bad.names():
-                    bad.keep(self.loads(split, listed.keys()))
+                    bad.keep(self.bad_sample_readers(split, listed.keys()))
 
     def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
         """Return a process's loader of a split: shuffled, mixed, grouped by length for training, as it is otherwise.
@@ -387,7 +387,7 @@ class DataModule(lightning.LightningDataModule, ABC):
                     f"cannot resume: the checkpoint does not say its {name}: it is not of this {type(self).__name__}"
                 )
             if state_dict[name] != now:
-                raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")
+                raise ValueError(f"cannot resume: {self.mismatch_message(name, state_dict[name], now)}")
         if self.trainer is not None and not self.trainer.is_global_zero:
             return
         for split, was in (state_dict or {}).get("traces", {}).items():

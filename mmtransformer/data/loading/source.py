@@ -120,7 +120,7 @@ def size_of(pairs: Pairs, i: int) -> tuple[int, int]:
     return image.height, image.width
 
 
-def loads_of(images: Any, names: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
+def image_readers(images: Any, names: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
     """Of a split (pairs, classified pictures) the pictures of some names, each as what loads it."""
     return {name: partial(images.image, i) for i in range(len(images)) if (name := images.name(i)) in names}
 

@@ -180,8 +180,8 @@ class TextData(DataModule):
         """The tokenizer, and the size of texts and rows."""
         return {"tokenizer": self.tokenizer_hash, "rows": [self.max_len, self.row_len]}
 
-    def changed(self, name: str, was: Any, now: Any) -> str:
+    def mismatch_message(self, name: str, was: Any, now: Any) -> str:
         """What to say when the tokenizer or the rows are not what they were."""
         if name == "rows":
             return "the run had max_len {} and row_len {}, now they are {} and {}".format(*was, *now)
-        return super().changed(name, was, now)
+        return super().mismatch_message(name, was, now)

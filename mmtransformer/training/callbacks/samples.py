@@ -85,7 +85,7 @@ def sample_captions(
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
     greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, add_image_tokens=data.add_image_tokens)
     (rows,) = write_captions(
-        captioner, data.tokenizer, batch, languages, generation=greedy, prompt_builder=data.prompting
+        captioner, data.tokenizer, batch, languages, generation=greedy, prompt_builder=data.prompt_builder
     )
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):

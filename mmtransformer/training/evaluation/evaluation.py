@@ -140,7 +140,7 @@ def evaluate(
     Returns:
         Captions and scores.
     """
-    prompt_builder = data.prompting if prompt_builder is None else prompt_builder
+    prompt_builder = data.prompt_builder if prompt_builder is None else prompt_builder
     captioner.to(device)
     result = Evaluation(generation)
     for split in data.val_splits if splits is None else splits:

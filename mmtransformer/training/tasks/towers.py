@@ -51,8 +51,8 @@ def use_transform(model: Any, data: Any) -> str | None:
     """Has the data read pictures as the vision encoder does, unless told otherwise; what is to be said of it."""
     inner = getattr(model, "captioner", None) or getattr(model, "model", None)
     vision = getattr(inner, "vision", None)
-    if vision is None or not hasattr(data, "use_tower"):
+    if vision is None or not hasattr(data, "use_vision_transform"):
         return None
     height, width = vision.image_size
     own = vision.transform or ImageTransform(height if height == width else (height, width))
-    return data.use_tower(own, getattr(vision, "patch_size", 16))
+    return data.use_vision_transform(own, getattr(vision, "patch_size", 16))

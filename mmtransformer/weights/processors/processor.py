@@ -122,7 +122,7 @@ def questions_of(batch: CaptionBatch, rows: int) -> list[str | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Worded:
+class ProcessorPromptBuilder:
     """Prompts of what the user says: a `PromptBuilder` of generation.
 
     Attributes:

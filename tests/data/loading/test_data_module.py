@@ -253,13 +253,13 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
 
 def test_reports_belong_to_the_run_and_are_begun_once(tmp_path: Path) -> None:
     data = Plain()
-    assert (data.report_folder(), data.begins) == (Path(), False)
+    assert (data.report_folder(), data.is_new_run) == (Path(), False)
     data.report_dir = "there"
     assert data.report_folder() == Path("there")
     data.report_dir = None  # fmt: skip
     for rank, ckpt_path, begins in ((0, None, True), (1, None, False), (0, "last.ckpt", False)):
         data.trainer = trainer(rank, 2, ckpt_path=ckpt_path)
-        assert data.begins is begins
+        assert data.is_new_run is begins
         assert data.report_folder() == Path("runs/one")
 
 

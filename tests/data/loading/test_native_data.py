@@ -104,18 +104,18 @@ def test_sizes_of_turned_and_damaged_files() -> None:
 
 def test_the_towers_own_way_and_another() -> None:
     data = CaptionData(source(), tokenizer=tokenizer())
-    line = data.use_tower(NATIVE, 8)
+    line = data.use_vision_transform(NATIVE, 8)
     assert (data.transform, line) == (
         NATIVE,
         "pixels: native size, at most 12 patches of 8 px, bicubic, mean 0.5 0.5 0.5, the vision encoder's own",
     )
     data = CaptionData(source(), tokenizer=tokenizer(), resize="native")
-    line = data.use_tower(ImageTransform(48, "crop", crop_fraction=0.8), 8)
+    line = data.use_vision_transform(ImageTransform(48, "crop", crop_fraction=0.8), 8)
     assert data.transform == ImageTransform(resize="native", native=NativeSize(8, 36))
     assert "at most 36 patches of 8 px" in line
     assert "but resize native, as data.resize says" in line
     data = CaptionData(source(), tokenizer=tokenizer(), resize="squash")
-    data.use_tower(NATIVE, 8)
+    data.use_vision_transform(NATIVE, 8)
     assert (data.transform.resize, data.transform.size) == ("squash", (24, 24))
 
 

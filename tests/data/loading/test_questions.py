@@ -70,8 +70,8 @@ def test_an_answer_stands_behind_its_question(family: str, tmp_path: Path) -> No
         said = model.tokenizer.decode(row[target].tolist())
         assert said.strip() in {text for text, _ in batch.references[i // 2]}
         assert int(row[target][-1]) == model.tokenizer.eos_id
-    assert data.prompting is not None
-    starts = data.prompting(batch, [None])
+    assert data.prompt_builder is not None
+    starts = data.prompt_builder(batch, [None])
     assert [r[m].tolist() for r, m in zip(starts.tokens, starts.attention_mask, strict=True)] == [
         r[m & ~t].tolist() for r, m, t in zip(batch.tokens, batch.attention_mask, batch.loss_mask, strict=True)
     ][::2]
