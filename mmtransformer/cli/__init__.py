@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 where `mmt check` found faults or pictures could not be used, 2 for what the user can put
-        right, 130 for an interrupt, 141 where nobody reads on.
+        right (a picture that alone was named, too), 130 for an interrupt, 141 where nobody reads on.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as a shell has it
-    except KeyboardInterrupt:
-        say("mmt: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say(f"mmt: interrupted {stop}".rstrip(), file=sys.stderr)
         return 130
     except Exception as error:
         from mmtransformer.cli.guards.errors import one_line

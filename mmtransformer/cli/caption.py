@@ -2,94 +2,75 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING
 
+from mmtransformer.cli.many import ManyImages
 from mmtransformer.cli.options import (
     add_generation_options,
     add_many_options,
     add_model_options,
+    add_out_options,
+    check_out_options,
     command_parser,
     generation_changes,
-    progress_bar,
 )
-from mmtransformer.serialization.printable import counted, printable, say
+from mmtransformer.serialization.printable import counted, say
 from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmtransformer.data.image_files import ImageFiles
     from mmtransformer.generation.captions import CaptionResult, PromptBuilder
-    from mmtransformer.pipelines.caption_files import CaptionFile
     from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
+    from mmtransformer.pipelines.many_images import Said
 
 
 def run(name: str, words: Sequence[str]) -> int:
     """Captions pictures; the exit code is 1 if some of them could not be used."""
     args = _parser(name).parse_args(list(words))
     _check(args)
-    options = [word for word in words if word not in ("--", *args.images)]
 
-    from mmtransformer.data.image_files import ImageFiles
-    from mmtransformer.images import ImageError
-    from mmtransformer.pipelines.caption_files import caption_file, framed, write_bad
+    from mmtransformer.pipelines.caption_files import CAPTIONS, framed, result_file
     from mmtransformer.pipelines.many_images import CaptionJob, devices_of
 
-    images = ImageFiles(places(args.images))
-    if not len(images):
-        raise ValueError("the list names no picture")
-    out = caption_file(args.out, images, overwrite=args.overwrite) if args.out else None
-    todo = [i for i in range(len(images)) if out is None or not out.has(i)]
+    open_file = partial(result_file, args.out, CAPTIONS, overwrite=args.overwrite) if args.out else None
+    many = ManyImages(name, words, args.images, open_file)
+    images = many.images
     devices = devices_of(args.device, args.devices)
     languages = None if args.language is None else (args.language,)
     job = CaptionJob(partial(_start, args), images, languages, generation_changes(args), args.batch_size)
     heat = None
-    if len(devices) == 1 and todo:
+    if len(devices) == 1 and many.todo:
         model, prompt_builder = _start(args, devices[0])
         model.inference_model(prepack=len(images) > 1)  # prepacked weights pay from the second picture on
-        results = job.here(model, prompt_builder, todo)
+        results = job.here(model, prompt_builder, many.todo)
         heat = _Heatmaps(model, prompt_builder, Path(args.heatmap)) if args.heatmap else None
     else:
-        results = job.on([str(device) for device in devices], todo)
-    bad: dict[str, str] = {}
+        results = job.on([str(device) for device in devices], many.todo)
     blank = 0
-    with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar:
-        for done, (i, said) in enumerate(results, 1):
-            if isinstance(said, ImageError):
-                kept = "; its earlier caption stays" if out and out.keeps(i) else ""
-                bad[images.name(i)] = f"{said}{kept}"
-                if len(images) > 1:  # a lone one is told below
-                    bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
-            else:
-                blank += not any(caption.text.strip() for caption in said[0])
-                captions = list(framed(said[0], args.prefix, args.suffix, plain=args.detokenize))
-                if out:
-                    out.write(i, captions)
-                else:
-                    bar.write("\n".join(_lines(images.name(i), captions, args.json, len(images))), file=sys.stdout)
-                if heat:
-                    heat.add(images.name(i), images.image(i), said[0][0])
-            bar.update()
-            if done % args.batch_size == 0:
-                sys.stdout.flush()
+
+    def take(i: int, said: "Said") -> Iterable[str]:
+        nonlocal blank
+        blank += not any(caption.text.strip() for caption in said[0])
+        captions = list(framed(said[0], args.prefix, args.suffix, plain=args.detokenize))
+        if many.out:
+            many.out.write(i, captions)
+        if heat:
+            heat.add(images.name(i), images.image(i), said[0][0])
+        return () if many.out else _lines(images.name(i), captions, args.json, len(images))
+
+    many.each(results, take, args.batch_size)
     if heat:
         heat.close()
-    if out:
-        write_bad(out.bad_list, map(images.name, range(len(images))), bad)
-    if len(bad) == len(images):
-        first, more = next(iter(bad.values())), len(bad) - 1
-        raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
+    code = many.finish("captioned", "captions")
     if blank:
         why = "the model ended them at once, which --min-new-tokens N forbids, or wrote no letters: train it longer"
-        say(f"{blank:,} of {counted(len(todo) - len(bad), 'caption')} without a word: {why}", file=sys.stderr)
-    if len(images) > 1 or out:
-        say(_summary(options, out, images, len(todo), bad), file=sys.stderr)
-    return 1 if bad else 0
+        say(f"{blank:,} of {counted(len(many.todo) - len(many.bad), 'caption')} without a word: {why}", file=sys.stderr)
+    return code
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -111,8 +92,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         help="write only tokens of this text, such as a training's captions: faster",
     )
     text = "FILE.jsonl, FILE.csv, FOLDER/ for one text file per picture, or txt or caption for text files next to them"
-    add("--out", metavar="OUT", help=f"write the captions: {text}; pictures that have captions there are skipped")
-    add("--overwrite", action="store_true", help="caption again what has captions in OUT")
+    add_out_options(parser, "captions", text)
     add("--detokenize", action="store_true", help="remove spaces before points and commas, where a model writes them")
     add("--prefix", default="", metavar="TEXT", help="words before every caption")
     add("--suffix", default="", metavar="TEXT", help="words after every caption")
@@ -133,54 +113,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--heatmap is drawn by one process: leave out --devices")
     if args.examples is None and (args.num_shots is not None or args.nearest):
         raise ValueError("--num-shots and --nearest need examples to choose from: --examples FOLDER")
-    if args.overwrite and not args.out:
-        raise ValueError("--overwrite writes captions anew, and none are written: --out OUT")
-    if args.json and args.out:
-        raise ValueError("--json prints captions, and --out writes them: take --out FILE.jsonl alone")
-
-
-def places(words: Sequence[str]) -> Iterator[str]:
-    """The pictures and folders that words of a command line name, lists (@list.txt, - for the standard input) read."""
-    from mmtransformer.data.image_files import listed
-
-    for word in words:
-        if word == "-":
-            yield from listed(sys.stdin.buffer.read(), "the standard input")
-        elif word.startswith("@") and not Path(word).exists():
-            yield from listed(Path(word[1:]).read_bytes(), word[1:])
-        elif Path(word).suffix.lower() == ".txt" and Path(word).is_file():
-            raise ValueError(f"{word}: not a picture but a text; if it lists pictures, write @{word}")
-        else:
-            yield word
+    check_out_options(args, "captions")
 
 
 def _lines(name: str, captions: Sequence["CaptionResult"], as_json: bool, images: int) -> Iterator[str]:
     """What is printed of a picture."""
-    from mmtransformer.pipelines.caption_files import json_line
+    from mmtransformer.pipelines.caption_files import CAPTIONS
 
     if as_json:
-        yield json_line(name, captions)
+        yield CAPTIONS.json_line(name, captions)
         return
     for caption in captions:
         lead = f"{name}: " if images > 1 else ""
         tail = f"   ({caption.log_prob:.2f})" if len(captions) > 1 else ""
-        yield printable(f"{lead}{caption.text}{tail}")
-
-
-def _summary(
-    options: Sequence[str], out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]
-) -> str:
-    """What was done, in a line; and what does the rest, with the options of this call."""
-    parts = [f"{counted(todo - len(bad), 'picture')} captioned" + (f" in {out.where}" if out else "")]
-    if len(images) > todo:
-        parts.append(f"{len(images) - todo:,} had captions there already (--overwrite captions them anew)")
-    if images.others:
-        parts.append(f"{counted(images.others, 'other file')} left alone")
-    if bad:
-        again = " ".join(map(quote, ("mmt", "caption", f"@{out.bad_list}", *options))) if out else ""
-        listed = f": {out.bad_list} names them (`{again}` tries them again)" if out else ""
-        parts.append(f"{len(bad):,} could not be used{listed}")
-    return "; ".join(parts)
+        yield f"{lead}{caption.text}{tail}"
 
 
 def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, PromptBuilder | None]":

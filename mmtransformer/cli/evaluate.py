@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmtransformer.cli.many import told_when_stopped
 from mmtransformer.cli.options import (
     add_generation_options,
     add_many_options,
@@ -175,8 +176,15 @@ def _caption(
     else:
         results = job.on([str(device) for device in devices], todo)
     bad: dict[str, str] = {}
-    with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar:
-        for i, said in results:
+    done = 0
+
+    def so_far() -> str:
+        kept = f": what is done is in {file.path}, and the same call goes on"
+        kept = kept.replace("same call", "same call without --overwrite") if args.overwrite else kept
+        return f"after {done:,} of {counted(len(todo), 'picture')}{kept if file.path else ''}"
+
+    with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar, told_when_stopped(so_far):
+        for done, (i, said) in enumerate(results, 1):  # noqa: B007 (`so_far` says it)
             bar.update()
             if isinstance(said, ImageError):
                 bad[pairs.name(i)] = str(said)

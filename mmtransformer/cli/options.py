@@ -66,6 +66,27 @@ def add_many_options(parser: argparse.ArgumentParser, *, batch_size: int) -> Non
     add("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, that share the pictures (1)")
 
 
+def add_out_options(parser: argparse.ArgumentParser, what: str, forms: str) -> None:
+    """Adds `--out` and `--overwrite`, for what is said of many pictures.
+
+    Args:
+        parser: The command's parser.
+        what: What is written: "captions".
+        forms: The names that can be given.
+    """
+    text = f"write the {what}: {forms}; pictures that have {what} there are skipped, so a stopped call can be run again"
+    parser.add_argument("--out", metavar="OUT", help=text)
+    parser.add_argument("--overwrite", action="store_true", help=f"write {what} anew where there are some in OUT")
+
+
+def check_out_options(args: argparse.Namespace, what: str) -> None:
+    """Refuses `--overwrite` and `--json` where they would do nothing."""
+    if args.overwrite and not args.out:
+        raise ValueError(f"--overwrite writes {what} anew, and none are written: --out OUT")
+    if args.json and args.out:
+        raise ValueError(f"--json prints {what}, and --out writes them: take --out FILE.jsonl alone")
+
+
 def check_image_file(path: str, option: str, more: Collection[str] = ()) -> None:
     """Refuses the name of a picture that could not be written, before long work is begun.
 

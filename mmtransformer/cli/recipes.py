@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.printable import program, say
 from mmtransformer.serialization.writing import write_whole
 
 PACKAGE = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if to.exists():
         raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
     write_whole(to, file.read_bytes())
-    way = "lay it over a recipe: mmt fit --config caption_scenes" if file.stem == _OVERLAY else "run it with: mmt fit"
-    say(f"{to}; {way} --config {quote(str(to))}")
+    way = "lay it over a recipe: {} fit --config caption_scenes" if file.stem == _OVERLAY else "run it with: {} fit"
+    say(f"{to}; {way.format(program())} --config {quote(str(to))}")
     return 0
 
 
@@ -94,7 +94,7 @@ def check_whole(files: Sequence[str], words: Sequence[str]) -> None:
         return
     raise ValueError(
         f"{files[0]} names no model, so it is no recipe; it can be laid over one: "
-        f"mmt fit --config caption_scenes --config {quote(files[0])}"
+        f"{program()} fit --config caption_scenes --config {quote(files[0])}"
     )
 
 

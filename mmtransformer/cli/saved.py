@@ -2,21 +2,27 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmtransformer.cli.many import ManyImages
 from mmtransformer.cli.options import (
     add_generation_options,
     add_model_options,
+    add_out_options,
     check_image_file,
+    check_out_options,
     command_parser,
     generation_changes,
 )
 from mmtransformer.serialization.printable import json_text, say
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from mmtransformer.pipelines.classifier import Classes
+
+_BATCH = 16  # pictures that are classified at once
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "add_image_tokens")
 
@@ -34,47 +40,42 @@ def _classify(name: str, words: Sequence[str]) -> int:
     add("images", nargs="+", metavar="IMAGE", help="pictures, folders, patterns, zips, tars; @list.txt or - for a list")
     add("--top-k", type=int, default=1, metavar="N", help="classes per picture (1)")
     add("--json", action="store_true", help="print one line of JSON per picture")
+    add_out_options(parser, "classes", "FILE.jsonl or FILE.csv")
     add(
         "--heatmap",
         metavar="OUT.png",
         help="draw which parts of the first picture each block attends to (attention rollout)",
     )
     args = parser.parse_args(list(words))
+    check_out_options(args, "classes")
     if args.heatmap:
         check_image_file(args.heatmap, "--heatmap")
 
-    from mmtransformer.cli.caption import places
-    from mmtransformer.data.image_files import ImageFiles
-    from mmtransformer.images import ImageError
-    from mmtransformer.pipelines.base import in_batches
+    from mmtransformer.pipelines.caption_files import CLASSES, result_file
     from mmtransformer.pipelines.classifier import ImageClassifier
 
-    images = ImageFiles(places(args.images))
-    if not len(images):
-        raise ValueError("the list names no picture")
+    open_file = partial(result_file, args.out, CLASSES, overwrite=args.overwrite) if args.out else None
+    many = ManyImages(name, words, args.images, open_file)
+    images, first = many.images, -1
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
-    first, bad = None, 0
-    for some in in_batches(range(len(images)), 16):
-        loaded: dict[int, Image] = {}
-        for i in some:
-            try:
-                loaded[i] = images.image(i)
-            except ImageError as error:
-                if len(images) == 1:
-                    raise
-                bad += 1
-                say(f"mmt {name}: {error}", file=sys.stderr)
-        first = first or next(iter(loaded.items()), None)
-        for i, best in zip(loaded, classifier([*loaded.values()], top_k=args.top_k), strict=True):
-            path, told = images.name(i), ", ".join(f"{label} {share:.1%}" for label, share in best)
-            row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
-            say(json_text(row) if args.json else f"{path}: {told}" if len(images) > 1 else told)
-    if args.heatmap and first:
+
+    def take(i: int, classes: "Classes") -> Iterable[str]:
+        nonlocal first
+        first = i if first < 0 else first
+        if many.out:
+            many.out.write(i, classes)
+            return
+        told = ", ".join(f"{label} {share:.1%}" for label, share in classes)
+        told = f"{images.name(i)}: {told}" if len(images) > 1 else told
+        yield CLASSES.json_line(images.name(i), classes) if args.json else told
+
+    many.each(classifier.stream(many.todo, images.image, top_k=args.top_k, batch_size=_BATCH), take, _BATCH)
+    if args.heatmap and first >= 0:
         from mmtransformer.plots import plot_rollout, save_image
 
-        sheet = plot_rollout(classifier.model, first[1], classifier.transform, title=images.name(first[0]))
+        sheet = plot_rollout(classifier.model, images.image(first), classifier.transform, title=images.name(first))
         save_image(sheet, args.heatmap)
-    return 1 if bad else 0
+    return many.finish("classified", "classes")
 
 
 def _translate(name: str, words: Sequence[str]) -> int:

@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from mmtransformer.cli.many import told_when_stopped
 from mmtransformer.cli.options import add_model_options, command_parser
 from mmtransformer.serialization.printable import counted, json_text, printable, say
 from mmtransformer.serialization.writing import check_place
@@ -123,21 +124,15 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
 
         tqdm.write(printable(f"mmt {name}: {error}"), file=sys.stderr)
 
-    shown = sys.stderr.isatty()
-    if given:
-        index = ImageIndex.load(path, encoder, model=model)
-        index.update(batch_size=args.batch_size, progress=shown, on_error=refused)
-    else:
-        index = ImageIndex.build(
-            encoder,
-            args.index,
-            path=path,
-            model=model,
-            model_name=str(args.model),
-            batch_size=args.batch_size,
-            progress=shown,
-            on_error=refused,
-        )
+    options: dict[str, Any] = {"batch_size": args.batch_size, "progress": sys.stderr.isatty(), "on_error": refused}
+    with told_when_stopped(
+        lambda: f"before all was in the index: what is done is in {path}, and the same call goes on"
+    ):
+        if given:
+            index = ImageIndex.load(path, encoder, model=model)
+            index.update(**options)
+        else:
+            index = ImageIndex.build(encoder, args.index, path=path, model=model, model_name=str(args.model), **options)
     say(_summary(index), file=sys.stderr)
     return index
 

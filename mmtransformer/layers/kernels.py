@@ -67,9 +67,11 @@ def scaled_dot_product(
     if not flex and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
         # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout or `vmap`. torch.compile can't ask
         # for the process's precision of float32 products, and would break the graph here.
-        plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32 or transformed()
+        eager = not torch.compiler.is_compiling()
+        taken_apart = eager and torch._C._are_functorch_transforms_active()  # see `transformed`
+        plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32 or taken_apart
         # "medium" is "highest" on a CPU that has no kernels for it.
-        medium = plain or (not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium")
+        medium = plain or (eager and torch.get_float32_matmul_precision() == "medium")
         if plain or (medium and fast_in_bfloat16()):
             return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout)
     if shared and mask is None:  # Rows that share keys are only more queries on the same keys.
@@ -130,7 +132,7 @@ def _plain_products(
         split = ((n, m) if rows == b else (1, 1)) + ((g, r) if heads == h else (1, 1))
         allowed = allowed.view(*split, *allowed.shape[2:]).permute(0, 2, 1, 3, 4, 5)
     shape = (n, g, m, r, count, keys)
-    if softcap is not None or transformed():
+    if softcap is not None or (q.dtype.itemsize == 2 and transformed()):
         exact = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(exact) * c**-0.5 @ k.to(exact).transpose(1, 2)
         weights = softmax(capped(scores, softcap).view(shape), allowed).view(n * g, m * r * count, keys).to(v.dtype)

@@ -1,19 +1,23 @@
-"""Captions as files: JSON lines, a table, or a text file a picture; each can be gone on with after it was stopped."""
+"""What is said of pictures as files: JSON lines, a table, or a text file a picture; each can be gone on with after it
+was stopped.
+"""
 
 import csv
 import dataclasses
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.printable import json_text
 from mmtransformer.serialization.writing import naming, write_whole
 from mmtransformer.text.detokenize import detokenize
+
+T = TypeVar("T")
 
 SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
 """Of a caption, in a line of JSON."""
@@ -22,41 +26,75 @@ BESIDE = ("txt", "caption")
 """Endings of text files beside their pictures: what programs that train image generators look for."""
 
 
-def json_line(name: str, captions: Sequence[CaptionResult]) -> str:
-    """A picture's captions as one line of JSON."""
-    said = [{key: getattr(caption, key) for key in SHOWN} for caption in captions]
-    return json_text({"image": name, "captions": said})
+@dataclasses.dataclass(frozen=True)
+class LineFormat(Generic[T]):
+    """How what is said of a picture stands in lines.
+
+    Attributes:
+        key: Of a line of JSON, beside "image".
+        columns: Of a table, behind "image"; the first tells it from other tables.
+        to_json: What stands under the key.
+        to_rows: The rows of a table, behind the picture's name.
+    """
+
+    key: str
+    columns: tuple[str, ...]
+    to_json: Callable[[T], list[dict[str, Any]]]
+    to_rows: Callable[[T], Iterable[tuple[str, ...]]]
+
+    def json_line(self, name: str, said: T) -> str:
+        """What is said of a picture as one line of JSON."""
+        return json_text({"image": name, self.key: self.to_json(said)})
 
 
-class CaptionFile(ABC):
-    """Where captions go, picture by picture: whole ones only, whenever the program is stopped.
+CAPTIONS: LineFormat[Sequence[CaptionResult]] = LineFormat(
+    "captions",
+    ("caption", "language", "log_prob"),
+    lambda said: [{key: getattr(caption, key) for key in SHOWN} for caption in said],
+    lambda said: ((" ".join(c.text.split()), c.language or "", f"{c.log_prob:.4f}") for c in said),
+)
+CLASSES: LineFormat[Sequence[tuple[str, float]]] = LineFormat(
+    "classes",
+    ("class", "share"),
+    lambda said: [{"class": label, "share": share} for label, share in said],
+    lambda said: ((" ".join(label.split()), f"{share:.4f}") for label, share in said),
+)
+
+
+class ResultFile(ABC, Generic[T]):
+    """Where results go, picture by picture: whole ones only, whenever the program is stopped.
 
     Attributes:
         where: What it is called in messages.
-        bad_list: The list of the pictures that could not be captioned.
+        bad_list: The list of the pictures that could not be used.
+        way_on: What goes on after the program was stopped, in words.
+        emptied: Whether what was there is gone.
     """
 
     where: str
     bad_list: Path
+    way_on = "the same call goes on with the others"
+    emptied = False
 
     @abstractmethod
     def has(self, i: int) -> bool:
-        """Whether picture i has captions there."""
+        """Whether picture i has its results there."""
 
     def keeps(self, i: int) -> bool:
-        """Whether picture i has captions there, which are replaced where it can be captioned anew."""
+        """Whether picture i has results there, which are replaced where there are new ones."""
         return False
 
     @abstractmethod
-    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
-        """Writes the captions of picture i."""
+    def write(self, i: int, said: T) -> None:
+        """Writes the results of picture i."""
 
 
-class Lines(CaptionFile):
+class Lines(ResultFile[T]):
     """A file of lines, to which lines are added: JSON lines, or a table (`.csv`).
 
     Args:
         path: The file.
+        form: What its lines hold.
         images: The pictures.
         overwrite: Whether it starts anew; else what it holds stays, and a last line that was cut off is taken away.
 
@@ -64,8 +102,11 @@ class Lines(CaptionFile):
         ValueError: If the file holds something else.
     """
 
-    def __init__(self, path: Path, images: ImageFiles, *, overwrite: bool) -> None:
-        self.where, self._path, self._images = str(path), path, images
+    def __init__(self, path: Path, form: LineFormat[T], images: ImageFiles, *, overwrite: bool) -> None:
+        self.where, self._path, self._form, self._images = str(path), path, form, images
+        self.emptied = overwrite
+        if overwrite:
+            self.way_on = "the same call without --overwrite goes on with the others"
         self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
         self._table = path.suffix.lower() == ".csv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +117,7 @@ class Lines(CaptionFile):
         new = overwrite or not path.exists() or path.stat().st_size == 0
         # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
         if new:
-            header = "\ufeff" + self._row(("image", "caption", "language", "log_prob")) if self._table else ""
+            header = "\ufeff" + self._row(("image", *form.columns)) if self._table else ""
             with naming(path):
                 path.write_text(header, encoding="utf-8", newline="")
 
@@ -84,14 +125,13 @@ class Lines(CaptionFile):
         """Whether picture i has a line."""
         return self._images.name(i) in self._done
 
-    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
+    def write(self, i: int, said: T) -> None:
         """Adds the lines of picture i."""
         name = self._images.name(i)
         if self._table:
-            rows = ((name, " ".join(c.text.split()), c.language or "", f"{c.log_prob:.4f}") for c in captions)
-            text = "".join(map(self._row, rows))
+            text = "".join(self._row((name, *row)) for row in self._form.to_rows(said))
         else:
-            text = json_line(name, captions) + "\n"
+            text = self._form.json_line(name, said) + "\n"
         # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
         with naming(self._path), self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
@@ -106,28 +146,30 @@ class Lines(CaptionFile):
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            if self._table:  # of a picture with several captions all go
+            if self._table:  # of a picture with several rows all go
                 name, _, _ = whole[whole.rfind(b"\n", 0, -1) + 1 :].partition(b",")
                 while whole.startswith(name + b",", last := whole.rfind(b"\n", 0, -1) + 1):
                     whole = whole[:last]
             file.truncate(len(whole))
+        key, columns = self._form.key, ["image", self._form.columns[0]]
         try:
             text = whole.decode("utf-8-sig")
             if self._table:
-                header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [["image", "caption"]]
-                if header[:2] != ["image", "caption"]:
-                    raise ValueError(f"its first columns are {', '.join(header[:2])}, not image, caption")
+                header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [columns]
+                if header[:2] != columns:
+                    raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(columns)}")
                 return {row[0] for row in rows if row}
-            return {json.loads(line)["image"] for line in text.split("\n") if line.strip()}
+            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+            return {line["image"] for line in lines if line[key] is not None}
         except (ValueError, KeyError, TypeError, csv.Error) as error:
-            reason = "a line has no image" if isinstance(error, KeyError | TypeError) else error
+            reason = f"a line has no image or no {key}" if isinstance(error, KeyError | TypeError) else error
             raise ValueError(
-                f"{self.where} is there, and holds no captions to go on with ({reason}); name another file, or "
+                f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file, or "
                 f"--overwrite it"
             ) from error
 
 
-class SidecarFiles(CaptionFile):
+class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
     """A text file a picture, with a caption a line: beside the pictures, or below a folder under their paths.
 
     Args:
@@ -142,6 +184,8 @@ class SidecarFiles(CaptionFile):
 
     def __init__(self, images: ImageFiles, folder: Path | None, suffix: str, *, overwrite: bool) -> None:
         self._images, self._folder, self._suffix, self._overwrite = images, folder, suffix, overwrite
+        if overwrite:
+            self.way_on = "the same call writes all of them anew"
         self.where = f".{suffix} files " + ("beside the pictures" if folder is None else f"in {folder}")
         self.bad_list = (folder or Path()) / "bad_images.txt"
         of: dict[Path, int] = {}
@@ -167,23 +211,26 @@ class SidecarFiles(CaptionFile):
         path = self._path(i)
         return path.exists() and path.stat().st_size > 0
 
-    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
+    def write(self, i: int, said: Sequence[CaptionResult]) -> None:
         """Writes the text of picture i."""
-        text = "".join(" ".join(caption.text.split()) + "\n" for caption in captions)
+        text = "".join(" ".join(caption.text.split()) + "\n" for caption in said)
         write_whole(self._path(i), text.encode("utf-8", "replace"))
 
 
-def caption_file(out: str, images: ImageFiles, *, overwrite: bool = False) -> CaptionFile:
-    """Where captions go, by its name: FILE.jsonl, FILE.csv, "txt" or "caption" (beside the pictures), or a folder.
+def result_file(out: str, form: LineFormat[Any], images: ImageFiles, *, overwrite: bool = False) -> ResultFile[Any]:
+    """Where results go, by its name: FILE.jsonl or FILE.csv; captions also a folder, or "txt" or "caption" (beside the
+    pictures).
 
     Raises:
         ValueError: If the name says none of these, or what is there cannot be gone on with.
     """
-    if out in BESIDE:
-        return SidecarFiles(images, None, out, overwrite=overwrite)
     path = Path(out)
     if path.suffix.lower() in (".jsonl", ".csv") and not path.is_dir():
-        return Lines(path, images, overwrite=overwrite)
+        return Lines(path, form, images, overwrite=overwrite)
+    if form is not CAPTIONS:
+        raise ValueError(f"--out {out}: give FILE.jsonl or FILE.csv")
+    if out in BESIDE:
+        return SidecarFiles(images, None, out, overwrite=overwrite)
     if out.endswith("/") or path.is_dir():
         return SidecarFiles(images, path, "txt", overwrite=overwrite)
     raise ValueError(
@@ -193,15 +240,15 @@ def caption_file(out: str, images: ImageFiles, *, overwrite: bool = False) -> Ca
 
 
 def write_bad(path: Path, tried: Iterable[str], errors: Mapping[str, str]) -> bool:
-    """Writes the pictures that could not be captioned, one a line, each below what is wrong with it ("# ...").
+    """Writes the pictures that could not be used, one a line, each below what is wrong with it ("# ...").
 
-    `mmt caption @FILE` tries them again. What an earlier call wrote stays, but for the pictures of this one; a list
-    that would be empty is removed.
+    `mmt caption @FILE` and the like try them again. What an earlier call wrote stays, but for the pictures of this one;
+    a list that would be empty is removed.
 
     Args:
         path: The list.
         tried: The names of the pictures of this call.
-        errors: Names and errors of those that could not be captioned.
+        errors: Names and errors of those that could not be used.
 
     Returns:
         Whether there are any.

@@ -1,13 +1,15 @@
 """ImageClassifier: pictures in, classes out, and everything that belongs to a saved model in one folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.images import ImageTransform, load
+from mmtransformer.images import ImageError, ImageTransform, load
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
@@ -15,15 +17,19 @@ from mmtransformer.pipelines.base import (
     Pipeline,
     check_count,
     fast_autocast,
-    in_batches,
     listed,
     pick_device,
     read_transform,
     write_card,
     write_json,
 )
+from mmtransformer.pipelines.many_images import by_batches
 from mmtransformer.serialization.pretrained import find_folder, read_json
 from mmtransformer.serialization.printable import counted
+
+T = TypeVar("T")
+Classes = list[tuple[str, float]]
+"""Of a picture its likeliest classes with their probabilities, best first."""
 
 CLASSES = "classes.json"
 
@@ -49,10 +55,9 @@ class ImageClassifier(Pipeline[ViT]):
         self.device = pick_device(device)
         self.model, self.classes, self.transform = model.to(self.device).eval(), tuple(classes), transform
 
-    @torch.inference_mode()
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], *, top_k: int = 1, batch_size: int = 64
-    ) -> list[list[tuple[str, float]]]:
+    ) -> list[Classes]:
         """Classifies pictures.
 
         Args:
@@ -67,17 +72,47 @@ class ImageClassifier(Pipeline[ViT]):
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
             ValueError: If `top_k` or `batch_size` is no number of things.
         """
-        check_count("top_k", top_k)
-        many: list[ImageLike] = listed(images)
-        found: list[list[tuple[str, float]]] = []
-        for some in in_batches(many, batch_size):
-            pixels = torch.stack([self.transform(load(image)) for image in some])
-            with fast_autocast(self.device):
-                logits = self.model(pixels.to(self.device))
-            best = logits.float().softmax(-1).topk(min(top_k, len(self.classes)), dim=-1)
-            for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                found.append([(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)])
+        found: list[Classes] = []
+        for _, classes in self.stream(listed(images), load, top_k=top_k, batch_size=batch_size):
+            if isinstance(classes, ImageError):
+                raise classes
+            found.append(classes)
         return found
+
+    def stream(
+        self, things: Iterable[T], load: Callable[[T], Image], *, top_k: int = 1, batch_size: int = 64
+    ) -> Iterator[tuple[T, "Classes | ImageError"]]:
+        """Classifies any number of pictures, of which few are in memory at a time; they are loaded in threads.
+
+        Args:
+            things: What pictures are loaded from.
+            load: Loads one.
+            top_k: How many classes of each.
+            batch_size: Pictures at once.
+
+        Yields:
+            Each thing with its likeliest classes, best first, or with what is wrong with its picture.
+
+        Raises:
+            ValueError: If `top_k` or `batch_size` is no number of things.
+        """
+        check_count("top_k", top_k)
+        return by_batches(
+            things,
+            lambda thing: self.transform(load(thing)),
+            lambda some: self._classes(torch.stack([pixels for _, pixels in some]), top_k),
+            batch_size=batch_size,
+        )
+
+    @torch.inference_mode()
+    def _classes(self, pixels: Tensor, top_k: int) -> list[Classes]:
+        with fast_autocast(self.device):
+            logits = self.model(pixels.to(self.device))
+        best = logits.float().softmax(-1).topk(min(top_k, len(self.classes)), dim=-1)
+        return [
+            [(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)]
+            for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
         """Writes model, classes, image transform and a model card.

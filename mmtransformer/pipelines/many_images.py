@@ -3,10 +3,12 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -23,6 +25,7 @@ from mmtransformer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = TypeVar("P")
 Said = list[list[CaptionResult]]
 """Of one picture: for each language its captions, best first."""
 
@@ -134,23 +137,58 @@ def caption_all(
     Raises:
         ValueError: if no batch could be made.
     """
+
+    def caption(some: Sequence[tuple[T, Any]]) -> list[Said]:
+        asked = None if words is None else [words(thing) for thing, _ in some]
+        return _captions(model, [x for _, x in some], asked, languages, generation, prompt_builder)
+
+    return by_batches(things, lambda thing: model.prepare(load(thing)), caption, batch_size=batch_size, threads=threads)
+
+
+def by_batches(
+    things: Iterable[T],
+    prepare: Callable[[T], P],
+    compute: Callable[[Sequence[tuple[T, P]]], Iterable[R]],
+    *,
+    batch_size: int,
+    threads: int | None = None,
+) -> Iterator[tuple[T, R | ImageError]]:
+    """Computes whatever pictures are loaded from, by the batch, and yields in order.
+
+    Args:
+        things: What pictures are loaded from.
+        prepare: Loads one, as it goes into a batch; in threads, beside the computing.
+        compute: Gives one result for each of a batch.
+        batch_size: Pictures at once.
+        threads: Threads that load; as many as there are cores, 8 at most, unless told.
+
+    Yields:
+        Each thing with its result, or with what is wrong with its picture.
+    """
     check_count("batch_size", batch_size)
     threads = threads or default_threads()
 
-    def prepared(thing: T) -> tuple[T, Any]:
+    def prepared(thing: T) -> tuple[T, P | ImageError]:
         try:
-            return thing, model.prepare(load(thing))
+            return thing, prepare(thing)
         except ImageError as error:
             return thing, error
 
-    waiting: list[tuple[T, Any]] = []
-    loaded = load_ahead(prepared, things, threads=threads, ahead=2 * batch_size + threads)
-    for pair in loaded:
+    waiting: list[tuple[T, P | ImageError]] = []
+    for pair in load_ahead(prepared, things, threads=threads, ahead=2 * batch_size + threads):
         waiting.append(pair)
         if sum(not isinstance(x, ImageError) for _, x in waiting) == batch_size:
-            yield from _captioned(model, waiting, words, languages, generation, prompt_builder)
+            yield from _computed(waiting, compute)
             waiting = []
-    yield from _captioned(model, waiting, words, languages, generation, prompt_builder)
+    yield from _computed(waiting, compute)
+
+
+def _computed(
+    waiting: Sequence[tuple[T, P | ImageError]], compute: Callable[[Sequence[tuple[T, P]]], Iterable[R]]
+) -> Iterator[tuple[T, R | ImageError]]:
+    good = [(thing, x) for thing, x in waiting if not isinstance(x, ImageError)]
+    results = iter(compute(good) if good else ())
+    yield from ((thing, x if isinstance(x, ImageError) else next(results)) for thing, x in waiting)
 
 
 @torch.inference_mode()
@@ -167,15 +205,6 @@ def _captions(
         return write_captions(
             model.inference_model(), model.tokenizer, batch, languages, generation=generation, prompt_builder=made
         )
-
-
-def _captioned(
-    model: Model, waiting: Sequence[tuple[T, Any]], words: Callable[[T], str | None] | None, *settings: Any
-) -> Iterator[tuple[T, Said | ImageError]]:
-    good = [(thing, x) for thing, x in waiting if not isinstance(x, ImageError)]
-    asked = None if words is None else [words(thing) for thing, _ in good]
-    said = iter(_captions(model, [x for _, x in good], asked, *settings) if good else ())
-    yield from ((thing, x if isinstance(x, ImageError) else next(said)) for thing, x in waiting)
 
 
 @dataclass(frozen=True)
@@ -237,7 +266,8 @@ class CaptionJob:
         try:
             while True:
                 more = islice(chunks, 2 * len(devices) - len(waiting))
-                waiting.extend(pool.submit(_some, chunk) for chunk in more)
+                with _deaf():
+                    waiting.extend(pool.submit(_some, chunk) for chunk in more)
                 if not waiting:
                     return
                 yield from waiting.popleft().result()
@@ -248,6 +278,19 @@ class CaptionJob:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Where processes are begun that Ctrl+C does not reach: it is this one's to end them, without a word of theirs."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _mine: dict[str, Any] = {}

@@ -6,8 +6,11 @@ cards tags are text. `say` is what commands and runs print with.
 
 import json
 import re
+import shutil
 import sys
 from html import escape
+from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 # Control characters but line end and tab, direction overrides, and broken halves of characters.
@@ -27,6 +30,21 @@ def say(text: str = "", *, file: TextIO | None = None) -> None:
         file: Where to; the standard output unless given.
     """
     print(printable(text), file=file or sys.stdout)
+
+
+def program() -> str:
+    """How the command line is called from here: "mmt", or where it lies if that is not in the path; or as a module of
+    Python, if it was called so.
+    """
+    here = str(Path.cwd()) + "/"
+    python = quote(sys.executable.removeprefix(here))
+    if Path(sys.argv[0]).parts[-2:] in (("mmtransformer", "__main__.py"), ("cli", "__main__.py")):
+        found = shutil.which("python")
+        return f"{'python' if found and Path(found).samefile(sys.executable) else python} -m mmtransformer"
+    if shutil.which("mmt") is not None:
+        return "mmt"
+    beside = Path(sys.executable).with_name("mmt")
+    return quote(str(beside).removeprefix(here)) if beside.is_file() else f"{python} -m mmtransformer"
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

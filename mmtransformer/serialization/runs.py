@@ -3,6 +3,8 @@
 from pathlib import Path
 from shlex import quote
 
+from mmtransformer.serialization.printable import program
+
 _MODEL = "config.json"
 
 
@@ -23,8 +25,8 @@ def refuse_run(folder: Path) -> None:
     if (run / "model" / _MODEL).exists():
         raise ValueError(f"{folder} holds checkpoints, and the run's model is {run / 'model'}: name that")
     raise ValueError(
-        f"{folder} is of a run that left no model yet: `mmt fit --config {quote(str(run / 'config.yaml'))} --resume` "
-        f"goes on with it, and {_written_out(run / 'checkpoints' / 'last.ckpt')}"
+        f"{folder} is of a run that left no model yet: `{program()} fit --config {quote(str(run / 'config.yaml'))} "
+        f"--resume` goes on with it, and {_written_out(run / 'checkpoints' / 'last.ckpt')}"
     )
 
 
@@ -32,7 +34,9 @@ def maker(folder: Path) -> str:
     """Of a folder that is not there and is called as a recipe's model is, what makes it, behind "no such folder"."""
     match folder.parts:
         case (*_, "runs", name, "model"):
-            return f"; where {name} is a recipe (`mmt recipes`), `mmt fit --config {quote(name)}` leaves it there"
+            return (
+                f"; where {name} is a recipe (`mmt recipes`), `{program()} fit --config {quote(name)}` leaves it there"
+            )
     return ""
 
 
@@ -55,6 +59,6 @@ def _written_out(checkpoint: Path) -> str:
     own = checkpoint.parent.parent / "config.yaml"
     config = quote(str(own)) if own.exists() else "runs/NAME/config.yaml"
     return (
-        f"`mmt fit --config {config} --ckpt_path {quote(str(checkpoint))} --trainer.max_steps 1` writes its model "
-        f"without training on"
+        f"`{program()} fit --config {config} --ckpt_path {quote(str(checkpoint))} --trainer.max_steps 1` writes its "
+        f"model without training on"
     )

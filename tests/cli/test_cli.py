@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.evaluation.evaluation import Evaluation
-from mmtransformer.training.evaluation.predictions import save_scenes
+from mmtransformer.training.evaluation.predictions import PredictionFile, save_scenes
 from mmtransformer.training.evaluation.report import how_to
 from support.cli import mmt
 
@@ -346,6 +347,20 @@ def test_evaluate_goes_on_and_passes_over_bad_pictures(
     assert [json.loads(line)["name"] for line in Path("two.jsonl").read_text("utf-8").splitlines()] == [
         json.loads(line)["name"] for line in lines.splitlines()
     ]
+    with monkeypatch.context() as patch:
+        add = PredictionFile.add
+
+        def stop(self: PredictionFile, predictions: Any) -> None:
+            add(self, predictions)
+            if len(Path("part.jsonl").read_bytes().splitlines()) > 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(PredictionFile, "add", stop)
+        for more, way in (([], "the same call"), (["--overwrite"], "the same call without --overwrite")):
+            Path("part.jsonl").unlink()
+            code, _, err = mmt(capsys, *words, "--captions-out", "part.jsonl", *more)
+            said = rf"mmt: interrupted after [23] of 5 pictures: what is done is in part\.jsonl, and {way} goes on"
+            assert (code, bool(re.fullmatch(said, err.splitlines()[-1]))) == (130, True), err
     Path("pairs/p3.png").write_bytes(b"broken")
     Path("part.jsonl").unlink()
     code, out, err = mmt(capsys, *words, "--captions-out", "part.jsonl")

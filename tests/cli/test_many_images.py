@@ -4,12 +4,15 @@ import csv
 import gc
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import weakref
 import zipfile
 from collections.abc import Iterator
@@ -22,12 +25,14 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
+from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError
 from mmtransformer.pipelines.caption_files import between
 from mmtransformer.pipelines.many_images import devices_of, load_ahead
+from mmtransformer.serialization.printable import counted
 from support.cli import mmt
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "orange")
@@ -162,6 +167,94 @@ def test_bad_pictures_are_named_and_the_others_captioned(
     assert code == 0
     assert "0 pictures captioned in captions.jsonl; 9 had captions there already" in err
     assert len(names(Path("captions.jsonl").read_text("utf-8"))) == 9
+
+
+@pytest.mark.parametrize("words", ["@list.txt", "some", "some/*.png", "some/1bad.png some/none.png", "some.zip"])
+def test_bad_pictures_alone_are_named_and_counted_too(
+    words: str, capsys: pytest.CaptureFixture[str], model: str, photos: Path
+) -> None:
+    Path("some").mkdir()
+    Path("some/1bad.png").write_bytes(b"broken")
+    Path("list.txt").write_text("some/1bad.png\n")
+    with zipfile.ZipFile("some.zip", "w") as zipped:
+        zipped.write("some/1bad.png", "1bad.png")
+    code, out, err = mmt(capsys, "caption", *words.split(), "--model", model)
+    count = len(words.split())
+    assert (code, out, err.splitlines()[-1]) == (1, "", f"0 pictures captioned; {count} could not be used"), err
+    assert err.count("1bad.png: ") == 1
+    assert err.startswith("mmt caption: ")
+    code, _, err = mmt(capsys, "caption", "some/1bad.png", "--model", model)  # the one that was named itself
+    assert (code, err.startswith("mmt caption: error: some/1bad.png: "), err.count("\n")) == (2, True, 1)
+
+
+def test_the_command_that_tries_again_empties_no_file(
+    capsys: pytest.CaptureFixture[str], model: str, photos: Path
+) -> None:
+    (photos / "1bad.jpg").write_bytes(b"broken")
+    for out, kept in (("c.jsonl", False), ("texts/", True)):
+        _, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out, "--overwrite")
+        (command,) = re.findall(r"`mmt (caption .*)` tries them again", err)
+        assert ("--overwrite" in command) == kept
+        mmt(capsys, *shlex.split(command))
+    assert names(Path("c.jsonl").read_text("utf-8")) == ALL
+
+
+def test_the_command_that_tries_again_is_called_as_this_one_was(model: str, photos: Path) -> None:
+    (photos / "1bad.jpg").write_bytes(b"broken")
+    words = ["caption", "photos/1bad.jpg", ALL[0], "--model", model, "--out", "c.jsonl"]
+    environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-m", "mmtransformer", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    (command,) = re.findall(r"`(.*)` tries them again", done.stderr)
+    assert shlex.split(command)[:3] == [sys.executable, "-m", "mmtransformer"]
+    Image.new("RGB", (20, 20), "pink").save(photos / "1bad.jpg")
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "1 picture captioned" in done.stderr) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "way"),
+    [
+        ("c.jsonl", [], "what is done is in c.jsonl, and the same call goes on with the others"),
+        (
+            "c.csv",
+            ["--overwrite"],
+            "what is done is in c.csv, and the same call without --overwrite goes on with the others",
+        ),
+        ("texts/", [], "what is done is in .txt files in texts, and the same call goes on with the others"),
+        ("", [], ""),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_stopped_call_says_how_far_it_came_and_what_goes_on(
+    out: str, more: list[str], way: str, number: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, model: str, photos: Path,
+) -> None:  # fmt: skip
+    words = ["caption", "photos", "--model", model, "--batch-size", "1", *more, *(["--out", out] if out else [])]
+    image = ImageFiles.image
+    before = signal.getsignal(signal.SIGTERM)
+
+    def killed(self: ImageFiles, i: int) -> Image.Image:
+        if i == 6:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # in a thread, while the main one is stopped
+        return image(self, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFiles, "image", killed)
+        code, _, err = mmt(capsys, *words)
+    word, wanted = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+    assert code == wanted
+    said = re.fullmatch(rf"mmt: {word} after ([0-6]) of 7 pictures{re.escape(f': {way}' if out else '')}\n", err)
+    assert said, err
+    assert signal.getsignal(signal.SIGTERM) == before
+    if out:
+        code, _, err = mmt(capsys, *(word for word in words if word != "--overwrite"))
+        done = int(said[1])
+        assert (code, err.startswith(f"{counted(7 - done, 'picture')} captioned in ")) == (0, True), err
+        assert (f"; {done} had captions there already" in err) == (done > 0)
 
 
 @pytest.mark.parametrize("out", ["결과 1.jsonl", "내 캡션/"])

@@ -1,9 +1,12 @@
 """`mmt search` by a small dual encoder that has learnt nothing: what is said, written, gone on with and refused."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +44,40 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = Path("photos/red.png").read_bytes()
     Path("photos/cut.png").write_bytes(data[:50])
     return Path("photos")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_stopped_index_is_kept_and_that_is_said(
+    number: int, model: str, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = (
+        "search",
+        "red",
+        "--index",
+        "photos/",
+        "--model",
+        model,
+        "--batch-size",
+        "1",
+        "--index-file",
+        "i.safetensors",
+    )
+    encode = ImageTextEmbedder.encode_images
+    seen = []
+
+    def killed(self: ImageTextEmbedder, *args: Any, **options: Any) -> Any:
+        seen.append(None)
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+        return encode(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTextEmbedder, "encode_images", killed)
+        code, _, err = mmt(capsys, *ask)
+    word, wanted = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+    way = "before all was in the index: what is done is in i.safetensors, and the same call goes on"
+    assert (code, err.splitlines()[-1]) == (wanted, f"mmt: {word} {way}")
+    assert re.search(r"\([123] new, ", mmt(capsys, *ask)[2])
 
 
 def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ class Update:
                         save(self._so_far())
                         saved = time.monotonic()
                         wait = max(save_every, 20 * (saved - start))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl+C and SIGTERM
             if self._hashes:
                 save(self._so_far())
             raise

@@ -1,7 +1,5 @@
 """What a run leaves in its folder: the model, metrics.json, predictions, curves, and galleries with heat maps."""
 
-import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +29,7 @@ from mmtransformer.plots import (
     save_loss_curves,
 )
 from mmtransformer.serialization.pretrained import Pretrained
-from mmtransformer.serialization.printable import fenced, json_text, markup
+from mmtransformer.serialization.printable import fenced, json_text, markup, program
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
 from mmtransformer.training.evaluation.predictions import save_scenes
@@ -185,16 +183,6 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
                 cell = f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0] if shown else None
                 table.setdefault(label, {})[column] = cell
     return table
-
-
-def program() -> str:
-    """How the command line is called from here: "mmt", or where it lies if that is not in the path."""
-    if shutil.which("mmt") is not None:
-        return "mmt"
-    beside = Path(sys.executable).with_name("mmt")
-    here = str(Path.cwd()) + "/"
-    own = quote(str(beside if beside.is_file() else sys.executable).removeprefix(here))
-    return own if beside.is_file() else f"{own} -m mmtransformer"
 
 
 def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:

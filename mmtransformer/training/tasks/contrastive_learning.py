@@ -16,11 +16,10 @@ from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
-from mmtransformer.serialization.printable import fenced
+from mmtransformer.serialization.printable import fenced, program
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.report import program
 from mmtransformer.training.evaluation.retrieval import KS, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.evaluation.zero_shot import zero_shot, zero_shot_table
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions

@@ -14,7 +14,7 @@ from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.image_generator import ImageGenerator
 from mmtransformer.plots import Card, CardCaption, plot_gallery, save_image
-from mmtransformer.serialization.printable import fenced, say
+from mmtransformer.serialization.printable import fenced, program, say
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -158,5 +158,5 @@ class ImageGeneration(Task[CaptionData]):
                     f"{saw['true_facts']:.1%} in true pictures; distance {saw['distance']:.2f}"
                 )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
-        command = f'mmt draw "a large red star" --model {quote(str(run.folder / "model"))} --out picture.png'
+        command = f'{program()} draw "a large red star" --model {quote(str(run.folder / "model"))} --out picture.png'
         say(f"\nDraw something of your own:\n  {command}")

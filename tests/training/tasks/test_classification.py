@@ -1,5 +1,6 @@
 """Classes of pictures: sources, batches, the task, its scores, and the saved classifier."""
 
+import csv
 import json
 import math
 import warnings
@@ -319,10 +320,57 @@ def test_a_folder_is_classified_and_what_is_no_picture_ends_nothing(
     assert [Path(json.loads(line)["image"]).suffix for line in out.splitlines()] == [".png"] * 72
     assert err.startswith("mmt classify: ")
     assert "00 broken.png" in err
-    assert len(err.splitlines()) == 1
+    assert err.splitlines()[1:] == ["72 pictures classified; 1 could not be used"]
     assert (tmp_path / "look.png").is_file()
     (tmp_path / "list.txt").write_text(f"{root / '파랑' / '1.png'}\n", "utf-8")
     assert main([*words, f"@{tmp_path / 'list.txt'}"]) == 0
+
+
+@pytest.mark.parametrize("out", ["classes.jsonl", "classes.csv"])
+def test_classes_are_written_to_a_file_that_a_second_call_goes_on_with(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    classifier = ImageClassifier(ViT(32, 8, 16, 1, 2, num_classes=3), tuple(COLOURS), ImageTransform(32), device="cpu")
+    classifier.save_pretrained("model")
+    root = Path(folder(tmp_path / "사진", {"red": 3, "파랑": 2})).relative_to(tmp_path)
+    (root / "red" / "00 broken.png").write_bytes(b"no picture")
+    words = ["classify", str(root), "--model", "model", "--device", "cpu", "--top-k", "2", "--out", out]
+    assert main(words) == 1
+    printed, err = capsys.readouterr()
+    again = f"`mmt classify @bad_images_classes.txt --model model --device cpu --top-k 2 --out {out}` tries them again"
+    said = f"5 pictures classified in {out}; 1 could not be used: bad_images_classes.txt names them ({again})"
+    assert (printed, err.splitlines()[1:]) == ("", [said])
+    names = sorted(str(path) for path in root.rglob("*.png") if "broken" not in path.name)
+    whole = Path(out).read_text("utf-8")
+    if out.endswith("csv"):
+        rows = [*csv.DictReader(whole.removeprefix("\ufeff").splitlines())]
+        found = {name: [(r["class"], float(r["share"])) for r in rows if r["image"] == name] for name in names}
+        want = [(label, pytest.approx(share, abs=1e-4)) for label, share in classifier(names[0], top_k=2)[0]]
+        assert len(rows) == 10
+    else:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        found = {r["image"]: [(c["class"], c["share"]) for c in r["classes"]] for r in rows}
+        want = [(label, pytest.approx(share)) for label, share in classifier(names[0], top_k=2)[0]]
+        assert len(rows) == 5
+    assert sorted(found) == names
+    assert found[names[0]] == want
+    Path(out).write_text(whole[: len(whole) // 2], "utf-8")
+    Image.new("RGB", (9, 9)).save(root / "red" / "00 broken.png")
+    assert main(words) == 0
+    assert "had classes there already" in capsys.readouterr().err
+    assert len(Path(out).read_text("utf-8").splitlines()) == (13 if out.endswith("csv") else 6)
+    assert not Path("bad_images_classes.txt").exists()
+    for more, line in (
+        (["--json"], "--json prints classes, and --out writes them"),
+        (["--out", "classes/"], "--out classes/: give FILE.jsonl or FILE.csv"),
+        (["--out", "captions.jsonl"], "holds no classes to go on with (a line has no image or no classes)"),
+        (["--out", "captions.csv"], "its first columns are image, caption, not image, class"),
+    ):
+        Path("captions.jsonl").write_text('{"image": "a.png", "captions": []}\n')
+        Path("captions.csv").write_text("image,caption\na.png,a dog\n")
+        assert main([*words, *more]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_what_is_no_classifier_says_what_it_is_for(tmp_path: Path) -> None:
