@@ -12,6 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -107,12 +108,18 @@ class Files:
         files._prepare()
         return files
 
+    @cached_property
+    def image_ids(self) -> set[str]:
+        """The names of all pictures, without folders and endings."""
+        names = (nfc(entry.path).rpartition("/")[2] for entry in self.entries)
+        return {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGES)}
+
     def _prepare(self) -> None:
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock", "image_ids")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

@@ -50,6 +50,8 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
     if kind == "Parquet":  # an ArrowFile has looked itself
         refuse_bombs(table.metadata, entry)
     schema = table.schema_arrow
+    if all(name in schema.names and _is_words(schema.field(name).type) for name in ("images", "texts")):
+        raise ValueError(f"{entry.path} holds interleaved documents, which are read as JSON lines: save it as .jsonl")
     turns = _turns(schema) if wanted.captions is None and wanted.images else ""
     if not turns:
         columns = find_columns(schema.names, wanted, entry.path)
@@ -147,6 +149,13 @@ def _image(schema: Any) -> str:
     named = image_columns(schema.names)
     held = [name for name in named if _holds_bytes(schema.field(name).type)]
     return next(iter(held or named), "")
+
+
+def _is_words(kind: Any) -> bool:
+    import pyarrow as pa
+
+    element = _element(kind)
+    return element is not kind and (pa.types.is_string(element) or pa.types.is_large_string(element))
 
 
 def _element(kind: Any) -> Any:

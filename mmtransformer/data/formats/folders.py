@@ -1,5 +1,6 @@
 """Pictures whose captions lie in files of the same name: beside them, or in a folder beside theirs."""
 
+import html
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,14 @@ from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, bad_row
 from mmtransformer.data.files.text import CODES, LANGUAGES, lines
+from mmtransformer.data.formats.lists import read_splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images.files import kind_of
 
 PARALLEL = "captions in a folder of their own"
 _NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
-_TEXTS = (".txt", ".caption", ".json")
+_TEXTS = (".txt", ".caption", ".json", ".xmp")
+_XMP = re.compile(r"<dc:description>.*?<rdf:li[^>]*>(.*?)</rdf:li>", re.DOTALL)  # the first language
 _MASK = re.compile(r"(.+)[_-](?:mask|masklabel|condlabel|depth|segmentation)", re.IGNORECASE)
 _DEEP = 6  # levels of a JSON file that are looked through
 
@@ -27,10 +30,11 @@ _Texts = dict[str, list[tuple[Entry, str | None]]]
 
 
 def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[ManifestRow]:
-    """Pictures with a .txt, .caption or .json of the same name, in folders or archives.
+    """Pictures with a .txt, .caption, .json or .xmp of the same name, in folders or archives.
 
     A picture that has none beside it takes the file of its name in another folder: images/001.jpg that of
-    labels/001.txt, train/images/001.jpg that of train/labels/001.txt, and both of captions/en and captions/ko.
+    labels/001.txt, train/images/001.jpg that of train/labels/001.txt, and both of captions/en and captions/ko. Lists of
+    names, train.txt and val.txt, say splits.
 
     Args:
         files: All files.
@@ -43,8 +47,8 @@ def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[Mani
     paths = [nfc(image.path) for image in images]
     for entry in files.entries:
         stem, _, suffix = nfc(entry.path).rpartition(".")
-        if suffix.lower() in ("txt", "caption", "json"):
-            kind = records if suffix.lower() == "json" else texts
+        if f".{suffix.lower()}" in _TEXTS:
+            kind = records if suffix.lower() in ("json", "xmp") else texts
             plain, _, code = stem.rpartition(".")
             kind.setdefault(picture_of(nfc(entry.path)) or stem, []).append((entry, None))
             if code.lower() in CODES and "/" not in code:
@@ -64,6 +68,7 @@ def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[Mani
             known = (kind, texts, elsewhere)
             lone = [key for key, *own in both if not any(one in some for one in own for some in known)]
             elsewhere |= _elsewhere(lone, kind, {*keys})
+    splits, lists = read_splits(files)
     used: set[str] = set()
     for image, stem, path in zip(images, beside, paths, strict=True):
         found = next((some[key] for some in (texts, elsewhere, records) for key in (stem, path) if key in some), [])
@@ -76,12 +81,16 @@ def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[Mani
         used.update(entry.path for entry, _ in found)
         away = found[:1] if stem in elsewhere or path in elsewhere else []
         notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in away]
-        yield _row(files, image, images_in.split_of(image), found, notes, wanted)
+        listed = splits.get(stem.rpartition("/")[2], "unlisted") if splits else None
+        yield _row(files, image, images_in.split_of(image) or listed, found, notes, wanted)
     unread = {
         _stem(entry): entry.path for entry in images_in.entries if not entry.path.lower().endswith((*IMAGES, *_TEXTS))
     }
     for stem, group in texts.items():
         for entry, _ in group:
+            if entry.path in lists:
+                used.add(entry.path)
+                yield ManifestRow(None, (), None, entry.path, notes=(("lists of pictures without captions", ""),))
             if entry.path not in used and not OTHERS.search(entry.path):
                 used.add(entry.path)
                 what = "a caption file without a picture"
@@ -113,6 +122,10 @@ def _row(
             continue
         if entry.path.lower().endswith(".json"):
             captions += _captions_of_json(data, entry.path, language, wanted, errors, notes)
+            continue
+        if entry.path.lower().endswith(".xmp"):
+            for text in _XMP.findall(data.decode("utf-8", "replace")):
+                captions += read_captions(html.unescape(text), language, entry.path, errors, notes)
             continue
         said = [line for line in lines(data) if line.text is None or line.text.strip()]
         if said and all(line.text and _NUMBERS.fullmatch(line.text) for line in said):

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.columns import looks_like_image
-from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.endings import IMAGES, own_stem
 from mmtransformer.data.files.members import Entry
+from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.tables import ManifestRow, bad_row
-from mmtransformer.data.files.text import SPLITS, lines
+from mmtransformer.data.files.text import SPLITS, lines, split_word
 
 _TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
 _ENDS = "|".join(ending[1:] for ending in IMAGES)
@@ -55,13 +56,39 @@ def list_format(head: bytes, ids: Collection[str] = ()) -> str | None:
     return None if mark and cells == {min(cells, default=0)} != {0} else "list"
 
 
+def read_splits(files: Files) -> tuple[dict[str, str], set[str]]:
+    """The splits that lists of pictures say, a name a line: train.txt and val.txt, Flickr_8k.trainImages.txt.
+
+    Returns:
+        The splits by the pictures' names, without folders and endings; and the paths of the lists, also of those whose
+        names say no split. No splits at all, unless one of several is that for training.
+    """
+    splits: dict[str, str] = {}
+    lists: set[str] = set()
+    for entry in files.entries:
+        last = nfc(entry.path).rpartition("/")[2]
+        stem = own_stem(last)
+        if not last.lower().endswith(".txt") or {stem, stem.rpartition(".")[0]} & files.image_ids:
+            continue  # a.txt and a.ko.txt of a.jpg
+        match, split = _SPLIT_LIST.search(last), split_word(last)
+        head = [_id(line.text) for line in lines(files.read_text(entry)[:4096]) if line.text][:_SOME]
+        if not head or (match is None and not all(name in files.image_ids for name in head[:-1] or head)):
+            continue
+        lists.add(entry.path)
+        if match is not None or split is not None:
+            names = (_id(line.text) for line in lines(files.read_text(entry)) if line.text)
+            splits |= dict.fromkeys(names, SPLITS[match[2].lower()] if match else split or "")
+    return splits if "train" in splits.values() and len({*splits.values()}) > 1 else {}, lists
+
+
+def _id(line: str) -> str:
+    name = line.strip().replace("\\", "/").rpartition("/")[2]
+    return name.rpartition(".")[0] if looks_like_image(name) else name
+
+
 def read_list(files: Files, entry: Entry) -> Iterator[ManifestRow]:
     """The rows of a list; lists of splits beside it, as Flickr8k's authors hand them out, count."""
-    splits: dict[str, str] = {}
-    for other in files.entries:
-        if other.archive == entry.archive and (match := _SPLIT_LIST.search(other.path)):
-            for line in lines(files.read_text(other)):
-                splits[(line.text or "").strip()] = SPLITS[match[2].lower()]
+    splits, _ = read_splits(files)
     for line in lines(files.read_text(entry)):
         where = f"{entry.path}:{line.number}"
         match = next(filter(None, (form.fullmatch(line.text or "") for form in (_TOKEN, _LINE, _ID))), None)
@@ -77,5 +104,5 @@ def read_list(files: Files, entry: Entry) -> Iterator[ManifestRow]:
             text = text[1:-1].replace('""', '"')
         captions = read_captions(text, None, name, errors, notes)
         # with lists of splits, what is on none of them is left out on purpose, as in every published result
-        split = splits.get(name, "unlisted") if splits else None
+        split = splits.get(_id(name), "unlisted") if splits else None
         yield ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))

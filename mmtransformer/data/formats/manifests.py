@@ -35,7 +35,7 @@ from mmtransformer.data.formats.json_text import json_lines, load_json
 from mmtransformer.data.formats.lists import list_format
 from mmtransformer.data.formats.overlooked import download_logs, keys_of, unread
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
-from mmtransformer.data.formats.readers import BY_SUFFIX, SUFFIXES, image_ids
+from mmtransformer.data.formats.readers import BY_SUFFIX, SUFFIXES
 
 # in the names of files that say what those without it say: Flickr8k.lemma.token.txt
 _AGAIN = re.compile(r"[._-](lemma|tokeni[sz]ed|gt|meta)(?=[._-][^/]*$)", re.IGNORECASE)
@@ -91,14 +91,15 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
             raise ValueError(f"{path} holds no captions of a known format; name it: format=...")
         return [Manifest(files.asked, kind)]
     in_folders = [entry for entry in files.entries if entry.archive < 0]
-    beside = image_ids(files)
+    logs = download_logs(files)
     found = _candidates(files, in_folders, 0, format, wanted)
     if not found:
         found = [m for group in _by_archive(files) for m in _candidates(files, *group, format, wanted)]
     if not found and format == "auto":
-        found = [m for entry in in_folders if (m := _anywhere(files, entry, wanted, beside)) is not None]
+        found = [m for entry in in_folders if (m := _anywhere(files, entry, wanted)) is not None]
     if not found and format in ("auto", "parquet", "arrow"):
-        found = [m for e in in_folders if (m := _columnar(files, e, wanted)) and format in ("auto", m.format)]
+        tables = [m for e in in_folders if e.path not in logs and (m := _columnar(files, e, wanted))]
+        found = [m for m in tables if format in ("auto", m.format)]
     found = _meant(files, found, wanted) if len(found) > 1 else found
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
@@ -132,14 +133,14 @@ def _says(files: Files, manifest: Manifest, wanted: Wanted) -> bool:
         return _has_columns(files.read_text(manifest.entry)[:65536], wanted)
     if manifest.format != "json":
         return True
-    shape = json_shape(load_json(files, manifest.entry), wanted, image_ids(files))
+    shape = json_shape(load_json(files, manifest.entry), wanted, files.image_ids)
     return shape is not None and fits(shape.data, wanted)
 
 
 def _columnar(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
     """A table of Parquet or Arrow, wherever it lies, if it has pictures and captions and is no log of a tar."""
     name = entry.path.lower()
-    if not name.endswith(COLUMNAR) or OTHERS.search(name) or entry.path in download_logs(files):
+    if not name.endswith(COLUMNAR) or OTHERS.search(name):
         return None
     try:
         read_columnar(files, entry, wanted)
@@ -162,23 +163,23 @@ def _by_archive(files: Files) -> list[tuple[list[Entry], int]]:
     return [(group, group[0].path.count("/") - group[0].inner.count("/")) for group in archives.values()]
 
 
-def _anywhere(files: Files, entry: Entry, wanted: Wanted, beside: set[str]) -> Manifest | None:
+def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
     """A table, a list or JSON in any folder, if its own content says that it has pictures and captions."""
     name = plain_name(entry.path)
     if _is_table(files, entry, wanted):
         return Manifest(entry, "csv")
     if not name.endswith((".txt", ".json", ".jsonl", ".ndjson")) or OTHERS.search(name) or entry.size > MAX_BYTES:
         return None
-    if nfc(entry.path).rpartition("/")[2].partition(".")[0] in beside:
+    if nfc(entry.path).rpartition("/")[2].partition(".")[0] in files.image_ids:
         return None
     if name.endswith(".txt"):
-        found = list_format(files.read_text(entry)[:65536], beside)
+        found = list_format(files.read_text(entry)[:65536], files.image_ids)
         return Manifest(entry, found) if found else None
     try:
         if not name.endswith(".json"):
             first = next((value for _, value, error in json_lines(files.read_text(entry)[:65536], "") if not error), 0)
             return Manifest(entry, "jsonl") if fits([first], wanted) else None
-        shape = json_shape(load_json(files, entry), wanted, beside)
+        shape = json_shape(load_json(files, entry), wanted, files.image_ids)
     except ValueError:
         return None
     sure = shape is not None and (shape.format != "json" or fits(shape.data, wanted))
@@ -197,7 +198,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
     stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
-    own = image_ids(files)  # which have files of their names elsewhere, as in another archive
+    own = files.image_ids  # of pictures, which have files of their names elsewhere, as in another archive
     several = sum(own_stem(e.path).rpartition("/")[2] in own for e in entries if e.path.lower().endswith(".json")) > 1
     logs = download_logs(files)
     found: list[Manifest] = []
@@ -237,7 +238,7 @@ def _by_picture(files: Files, entry: Entry, wanted: Wanted, entries: Sequence[En
     named = isinstance(data, dict) and {str(key).rpartition("/")[2].rpartition(".")[0] for key in map(nfc, data)}
     if not named or stems & pictures or len(named & {stem.rpartition("/")[2] for stem in pictures}) * 2 < len(named):
         return None
-    shape = json_shape(data, wanted, image_ids(files))
+    shape = json_shape(data, wanted, files.image_ids)
     return "json" if shape and shape.format == "json" and fits(shape.data, wanted) else None
 
 
@@ -254,13 +255,13 @@ def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) 
         if "lemma" in name.rpartition("/")[2] or entry.size > 1 << 28:
             return None
         head = files.read_text(entry)[:65536]
-        if (found := list_format(head, image_ids(files))) is not None:
+        if (found := list_format(head, files.image_ids)) is not None:
             return found
         # a .txt is a table if its first line names its columns
         return "csv" if alone or _has_columns(head, wanted) else None
     if not name.endswith(".json"):
         return "jsonl" if alone and files.read_text(entry)[:1] == b"{" else "csv" if alone else None
-    shape = json_shape(load_json(files, entry), wanted, image_ids(files))
+    shape = json_shape(load_json(files, entry), wanted, files.image_ids)
     return shape and shape.format
 
 

@@ -12,6 +12,15 @@ from mmtransformer.data.formats.json_text import load_json
 from mmtransformer.data.formats.parquet import COLUMNAR
 from mmtransformer.data.formats.readers import SUFFIXES
 
+_LOOKED = 8  # pictures that are looked into
+# by what stands in a file: XMP, IPTC and EXIF (Motorola's order of bytes, and Intel's), as exiftool calls them
+_INSIDE = {
+    (b"dc:description",): "Description",
+    (b"8BIM", b"\x1c\x02\x78"): "Caption-Abstract",
+    (b"Exif", b"\x01\x0e\x00\x02"): "ImageDescription",
+    (b"Exif", b"\x0e\x01\x02\x00"): "ImageDescription",
+}
+
 
 def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Tables and the like that lie among pictures and are not read, each with what can be done about it.
@@ -85,3 +94,12 @@ def download_logs(files: Files) -> set[str]:
     tars |= {str(files.root / stem.rpartition("/")[0]) for stem in pictures if "/" in stem and stem in stems}
     tables = [entry.path for entry in files.entries if entry.archive < 0 and entry.path.lower().endswith(COLUMNAR)]
     return {path for path in tables if str((files.root / path).with_suffix("")) in tars}
+
+
+def captions_inside(files: Files) -> Iterator[tuple[str, str]]:
+    """One of the first pictures, where these may hold descriptions of their own, and how to get at them."""
+    for entry in [entry for entry in files.entries if entry.path.lower().endswith(IMAGES)][:_LOOKED]:
+        head = files.read(entry)[:65536]
+        if tag := next((tag for marks, tag in _INSIDE.items() if all(mark in head for mark in marks)), None):
+            yield entry.path, f"cd {files.root.name} && exiftool -csv -r -{tag} . > captions.csv writes a table to read"
+            return

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.columns import Columns
-from mmtransformer.data.files.endings import IMAGES, PACKED_TEXTS, TEXTS
+from mmtransformer.data.files.endings import PACKED_TEXTS, TEXTS
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, read_table
 from mmtransformer.data.formats.columnar import read_columnar
@@ -52,7 +51,7 @@ def _list(files: Files, entry: Entry, wanted: Wanted) -> Rows:
 
 def _json(files: Files, entry: Entry, wanted: Wanted, *, format: str) -> Rows:
     name = entry.path
-    shape = json_shape(load_json(files, entry), wanted, image_ids(files))
+    shape = json_shape(load_json(files, entry), wanted, files.image_ids)
     if shape is None or shape.format != format:
         raise ValueError(f"{name} is not {format}" + (f"; it looks like {shape.format}" if shape else ""))
     if format == "coco":
@@ -61,12 +60,6 @@ def _json(files: Files, entry: Entry, wanted: Wanted, *, format: str) -> Rows:
         return None, read_karpathy(shape.data, name)
     place = f"{name}: {shape.key}" if shape.key else name
     return read_records(((f"{place}[{i}]", item, "") for i, item in enumerate(shape.data)), place, wanted)
-
-
-def image_ids(files: Files) -> set[str]:
-    """The names of all pictures, without their endings."""
-    names = (nfc(entry.path).rpartition("/")[2] for entry in files.entries)
-    return {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGES)}
 
 
 FORMATS: dict[str, FileFormat] = {

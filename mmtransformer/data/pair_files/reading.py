@@ -20,7 +20,7 @@ from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.folders import read_folder
 from mmtransformer.data.formats.manifests import Manifest, find_manifests
-from mmtransformer.data.formats.overlooked import overlooked
+from mmtransformer.data.formats.overlooked import captions_inside, overlooked
 from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
@@ -81,9 +81,13 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
             columns = reader.read(files, manifest)
             said = [f"{_title(manifest)} {listing}", *([str(columns)] if columns else [])]
     else:
-        reader.add(list(read_folder(files, images_in, read.wanted)), "", None)
+        rows = list(read_folder(files, images_in, read.wanted))
+        reader.rule = "by lists of names, or by their files" if any(row.split for row in rows) else ""
+        reader.add(rows, "", None)
         for path, reason in overlooked(files, (row.name for row in reader.found.values())):
             reader.report.note("a manifest that was not read", path, reason)
+        for path, reason in captions_inside(images_in) if not reader.found else ():
+            reader.report.note("pictures that may hold captions of their own", path, reason)
     reader.count_missing()
     report, what = reader.report, f"{Path(root).expanduser()} ({said[0]})"
     if not report.rows:

@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from mmtransformer.data.check import check
 from mmtransformer.data.files.read_options import ReadOptions
@@ -210,3 +211,73 @@ def test_marked_phrases_are_named_and_taken_out(tmp_path: Path) -> None:
         write(tmp_path / f"{stem}.txt", f"[/EN#1{i}/animals a dog] {i}")
     assert any("captions with HTML or marks" in f.what for f in check(tmp_path, progress=False).findings)
     assert captions(PairFiles(tmp_path, ReadOptions(normalize="html"))) == WANTED
+
+
+def test_lists_of_names_are_splits_and_no_captions(tmp_path: Path) -> None:
+    draw(tmp_path, [f"img/{name}" for name in NAMES])
+    for stem, said in WANTED.items():
+        write(tmp_path / f"Sentences/{stem}.txt", said[0])
+    for split, part in (("train", slice(0, 3)), ("dev", slice(3, 4)), ("test", slice(4, 5))):
+        write(tmp_path / f"{split}.txt", "".join(f"{stem}\n" for stem in STEMS[part]))
+    source = PairFiles(tmp_path)
+    assert sizes(source) == {"train": 3, "val": 1, "test": 1}
+    assert source.report.notes["lists of pictures without captions"] == 3
+    assert source.report.notes["on none of the split lists, left out"] == 1
+    assert not source.report.errors
+    assert "by lists of names" in source.describe()
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.txt").unlink()
+    assert set(sizes(PairFiles(tmp_path))) == {"train", "val"}  # one list alone says no splits
+
+
+XMP = (
+    '<x:xmpmeta><rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description><rdf:Alt>'
+    '<rdf:li xml:lang="x-default">{} &amp; a cat</rdf:li></rdf:Alt></dc:description></rdf:Description></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("file", ["{}.xmp", "{}.png.xmp"])
+def test_the_xmp_of_photo_libraries(file: str, tmp_path: Path) -> None:
+    draw(tmp_path, NAMES)
+    for stem, said in WANTED.items():
+        write(tmp_path / file.format(stem), XMP.format(said[0]))
+    assert captions(PairFiles(tmp_path)) == {stem: [f"{said[0]} & a cat"] for stem, said in WANTED.items()}
+
+
+@pytest.mark.parametrize("tag", ["ImageDescription", "Description", "Caption-Abstract"])
+def test_descriptions_inside_pictures_are_mentioned_with_what_writes_a_table(tag: str, tmp_path: Path) -> None:
+    image, exif = Image.new("RGB", (20, 20)), Image.Exif()
+    if tag == "ImageDescription":
+        exif[ExifTags.Base.ImageDescription] = "a dog"
+    xmp = XMP.format("a dog").encode() if tag == "Description" else b""
+    image.save(tmp_path / "a.jpg", exif=exif, xmp=xmp)
+    if tag == "Caption-Abstract":
+        data = (tmp_path / "a.jpg").read_bytes()
+        iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\n\x1c\x02\x78\0\x05a dog"
+        (tmp_path / "a.jpg").write_bytes(data[:2] + b"\xff\xed" + (len(iptc) + 2).to_bytes(2, "big") + iptc + data[2:])
+    (said,) = PairFiles(tmp_path, max_bad_fraction=1).report.first["pictures that may hold captions of their own"]
+    assert said == f"a.jpg: cd {tmp_path.name} && exiftool -csv -r -{tag} . > captions.csv writes a table to read"
+    write(tmp_path / "captions.csv", f"SourceFile,{tag}\n./a.jpg,a dog\n")
+    assert list(captions(PairFiles(tmp_path)).values()) == [["a dog"]]
+
+
+def test_documents_in_parquet_say_what_to_do(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"images": ["http://x.com/a.jpg", None], "texts": [None, "a dog"]}] * 3
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train-00000.parquet")
+    with pytest.raises(ValueError, match=r"train-00000.parquet holds interleaved documents.*save it as .jsonl"):
+        PairFiles(tmp_path / "train-00000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("https://x.com/{}.png", "download the pictures, as img2dataset does"),
+        ("data:image/png;base64,{}", "write each picture into a file"),
+        ("../{}.png", "write paths relative to the manifest"),
+    ],
+)
+def test_what_to_do_about_pictures_that_are_not_here(place: str, remedy: str, tmp_path: Path) -> None:
+    write(tmp_path / "c.csv", "image,caption\n" + "".join(f"{place.format(i)},a dog {i}\n" for i in range(N)))
+    (finding,) = [f for f in check(tmp_path, progress=False).findings if f.what == "refused path"]
+    assert finding.remedy.startswith(remedy)
