@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
 
-from mmtransformer.data.documents.document_records import document_files, holds_documents
+from mmtransformer.data.documents.document_records import holds_documents
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
-from mmtransformer.data.files.archives import Files, Selection
+from mmtransformer.data.files.archives import Selection
 from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
+from mmtransformer.data.files.names import is_hidden
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import TarShards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
@@ -25,6 +26,7 @@ from mmtransformer.data.pair_files.index import find_kept
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.hub_dataset import HubDataset, card_configs
+from mmtransformer.serialization.untrusted import leads_out
 
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(?:convert|pr)/[\w.-]+|[\w.%-]+))?"
@@ -148,13 +150,10 @@ def _refuse(read: ReadOptions, what: str, *names: str) -> None:
 def are_documents(root: str | Path) -> bool:
     """Whether a path is, or holds, JSON lines of interleaved documents."""
     path = Path(root).expanduser()
-    some = path.glob("*") if path.is_dir() else [path]
-    some = [Path(root, file) for file in root.splits] if isinstance(root, Selection) else some
-    if not any(item.suffix.lower() in (".jsonl", ".ndjson") and item.is_file() for item in some):
-        return False
-    files = Files(root)
-    found = document_files(files)
-    return bool(found) and all(holds_documents(files, entry) for entry in found)
+    if not path.is_dir():
+        return holds_documents(path)
+    some = [path / file for file in root.splits] if isinstance(root, Selection) else path.iterdir()
+    return any(holds_documents(item) and not is_hidden(item.name) and not leads_out(item, path) for item in some)
 
 
 def are_shards(root: str | Path) -> bool:

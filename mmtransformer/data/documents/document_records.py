@@ -1,6 +1,7 @@
 """One line of an interleaved file: the three forms that documents come in, and what can be wrong with each."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from mmtransformer.data.documents.documents import cut_at_marks, join_pieces
@@ -10,7 +11,8 @@ from mmtransformer.data.files.text import is_missing
 from mmtransformer.serialization.printable import counted
 
 MARK = "<image>"
-_SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (".jsonl", ".ndjson")
+_MOST_LINE = 1 << 20  # bytes of the first line
 _LISTS = ("images", "pictures", "image_paths", "image", "이미지", "사진")
 _NAMES = ("image_name", "path", "file_name", "filename", "filepath", "image", "name")
 
@@ -31,16 +33,25 @@ def document_files(files: Files) -> list[Entry]:
     """The files below a root that hold interleaved documents: the one that was asked for, or those at the top."""
     if files.asked is not None:
         return [files.asked]
-    found = [entry for entry in files.entries if entry.path.lower().endswith(_SUFFIXES)]
+    found = [entry for entry in files.entries if entry.path.lower().endswith(SUFFIXES)]
     found = [entry for entry in found if "/" not in entry.inner or files.split_of(entry) is not None]
-    return [entry for entry in found if holds_documents(files, entry)]
+    return [entry for entry in found if is_document(files.read(entry)[:_MOST_LINE])]
 
 
-def holds_documents(files: Files, entry: Entry) -> bool:
-    """Whether a file's first line is an interleaved document, well-formed or not."""
-    if not entry.path.lower().endswith(_SUFFIXES):
+def holds_documents(path: Path) -> bool:
+    """Whether a file on disk is JSON lines of interleaved documents, as its first line tells; no more of it is read."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
         return False
-    first = files.read(entry)[: 1 << 20].removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
+    try:
+        with path.open("rb") as file:
+            return is_document(file.read(_MOST_LINE))
+    except OSError:  # whoever reads it says why
+        return False
+
+
+def is_document(start: bytes) -> bool:
+    """Whether the first line of what a file starts with is an interleaved document, well-formed or not."""
+    first = start.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
     try:
         record = json.loads(first)
     except (ValueError, RecursionError):

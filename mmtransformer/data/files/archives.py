@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from tqdm import tqdm
+
 from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint, unpacked
 from mmtransformer.data.files.members import Entry, list_tar, list_zip, pread
 from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
@@ -61,12 +63,13 @@ class Files:
         root: A folder (of a `Selection` some files alone), or one zip or tar. Of any other file the folder is listed,
             and the file is `asked`.
         encoding: Of texts that are not UTF-8 (`read_text`); None knows none.
+        progress: Show a progress bar.
 
     Raises:
         ValueError: If the root doesn't exist, or is an archive that can't be read.
     """
 
-    def __init__(self, root: str | Path, encoding: str | None = None):
+    def __init__(self, root: str | Path, encoding: str | None = None, *, progress: bool = False):
         self.encoding = encoding
         self.selected: dict[str, str | None] | None = None
         if isinstance(root, Selection):
@@ -81,17 +84,20 @@ class Files:
         self.refused: dict[str, str] = {}
         self.refused_folders: set[str] = set()
         asked = ""
-        if self.root.is_dir():
-            self._walk("")
-        elif not self.root.is_file():
-            raise ValueError(f"{given}: not a regular file")
-        elif self.root.name.lower().endswith(ARCHIVES) or unpack_hint(self.root.name):
-            self._open_archive("", self.root)
-            if self.refused.get(""):
-                raise ValueError(f"{given}: {self.refused['']}")
-        else:
-            asked, self.root = self.root.name, self.root.parent
-            self._walk("")
+        with tqdm(
+            desc=f"listing {given.name}", unit=" files", leave=False, dynamic_ncols=True, disable=not progress
+        ) as bar:
+            if self.root.is_dir():
+                self._walk("", bar)
+            elif not self.root.is_file():
+                raise ValueError(f"{given}: not a regular file")
+            elif self.root.name.lower().endswith(ARCHIVES) or unpack_hint(self.root.name):
+                self._open_archive("", self.root, bar)
+                if self.refused.get(""):
+                    raise ValueError(f"{given}: {self.refused['']}")
+            else:
+                asked, self.root = self.root.name, self.root.parent
+                self._walk("", bar)
         self.by_path = {nfc(entry.path): entry for entry in self.entries}
         self.asked = self.by_path.get(nfc(asked)) if asked else None
         if asked and self.asked is None:
@@ -232,13 +238,14 @@ class Files:
                 self._handles[archive] = os.open(self.archives[archive], os.O_RDONLY)
             return self._handles[archive]
 
-    def _walk(self, folder: str) -> None:
+    def _walk(self, folder: str, bar: tqdm) -> None:
         try:
             with os.scandir(self.root / folder) as scan:
                 items = sorted(scan, key=lambda item: item.name)
         except PermissionError as error:
             self._refuse(nfc(folder or "."), True, str(error.strerror))
             return
+        bar.update(len(items))
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
             if is_hidden(item.name):
@@ -263,7 +270,7 @@ class Files:
                     self.refused[nfc(path)] = "a link to a folder" if target.is_dir() else "a link to nothing"
                     continue
             elif item.is_dir():
-                self._walk(path)
+                self._walk(path, bar)
                 continue
             info = item.stat()
             if not stat.S_ISREG(info.st_mode):
@@ -271,7 +278,7 @@ class Files:
             elif not item.name.lower().endswith(_SINGLE) and is_pointer(Path(item.path)):
                 self.refused[nfc(path)] = POINTER
             elif item.name.lower().endswith(ARCHIVES) or unpack_hint(item.name):
-                self._open_archive(path, Path(item.path))
+                self._open_archive(path, Path(item.path), bar)
             else:
                 # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
                 self.entries.append(Entry(path, nfc(path), size=info.st_size, compressed_size=info.st_size))
@@ -281,7 +288,7 @@ class Files:
         if folder:
             self.refused_folders.add(name)
 
-    def _open_archive(self, prefix: str, path: Path) -> None:
+    def _open_archive(self, prefix: str, path: Path, bar: tqdm) -> None:
         if (hint := unpack_hint(path.name)) is not None:
             self.refused[nfc(prefix)] = hint
             return
@@ -292,12 +299,14 @@ class Files:
         found: dict[str, Entry] = {}
         try:
             for name, entry in lister(path):
+                bar.update()
                 inner = join("", name)
                 full = f"{prefix}/{inner or name}" if prefix else inner or name
                 reason = entry if isinstance(entry, str) else refusal(name)
                 if reason is None and (inner is None or ".." in name.split("/")):
                     reason = "a path that climbs out of its archive"
-                if reason is None and (name.lower().endswith(ARCHIVES) or unpack_hint(name)):
+                lower = name.lower()
+                if reason is None and not lower.endswith(_SINGLE) and (lower.endswith(ARCHIVES) or unpack_hint(lower)):
                     reason = "an archive inside an archive, which can't be read in place: unpack it"
                 if reason is not None:
                     self.refused[nfc(full)] = reason

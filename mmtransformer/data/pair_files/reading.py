@@ -69,9 +69,9 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     Raises:
         ValueError: As `PairFiles`.
     """
-    files = Files(root, read.encoding)
+    files = Files(root, read.encoding, progress=progress)
     manifests = find_manifests(files, read.format, read.wanted)
-    images_in = files if read.image_folder is None else Files(files.folder(read.image_folder))
+    images_in = files if read.image_folder is None else Files(files.folder(read.image_folder), progress=progress)
     reader = _Reader(images_in, read, progress)
     said = ["pictures with text files"]
     if manifests:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
@@ -115,7 +116,7 @@ def arrays_of(rows: Sequence[Pair]) -> tuple[dict[str, np.ndarray], dict[str, An
     lines, ends = bytearray(), np.zeros(len(rows), np.int64)
     tables: dict[tuple[str, str], int] = {}
     inside: dict[int, str] = {}
-    for i, row in enumerate(rows):
+    for i, row in enumerate(tqdm(rows, desc="writing the index", unit=" rows", leave=False, dynamic_ncols=True)):
         place: Any = row.place
         if not isinstance(place, Entry):
             table, group, number = place

@@ -1,18 +1,21 @@
 """The index of large data sets of pairs: with it every answer is what it is without, and it is never of other data."""
 
+import gc
 import json
 import os
 import pickle
 import shutil
 import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmtransformer.data.files import archives
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.opening import InterleavedPairs, open_pairs
@@ -351,8 +354,7 @@ def test_nothing_is_listed_where_there_is_an_index(
     pack(root / "a.zip", {name: png(name) for name in NAMES})
     (root / "c.jsonl").write_text(rows_jsonl(folder="a.zip/"))
     plain = answers(open_pairs(root))
-    for module in ("mmtransformer.data.opening", "mmtransformer.data.pair_files.reading"):
-        monkeypatch.setattr(f"{module}.Files", None)
+    monkeypatch.setattr("mmtransformer.data.pair_files.reading.Files", None)
     assert answers(open_pairs(root)) == plain
 
 
@@ -374,3 +376,38 @@ def test_a_folder_that_is_gone_is_said_to_be_gone(tmp_path: Path, small: Path) -
     shutil.rmtree(root)
     with pytest.raises(ValueError, match="made does not exist"):
         PairFiles(root)
+
+
+# The first opening ----------------------------------------------------------------------------------------
+
+
+def test_the_first_opening_lists_archives_once_and_shows_where_it_is(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(tmp_path / "made" / "a.zip", {"1.png": png("1"), "2.png": png("2")}, zipfile.ZIP_DEFLATED)
+    (tmp_path / "made" / "captions.jsonl").write_text(
+        "".join(f'{{"image": "a.zip/{name}.png", "caption": "picture {name}"}}\n' for name in "12"), "utf-8"
+    )
+    listed: list[Path] = []
+    lister = archives.list_zip
+
+    def watched(path: Path) -> Iterator[tuple[str, Entry | str]]:
+        listed.append(path)
+        assert not gc.isenabled(), "the collector of cycles goes through all rows again and again"
+        return lister(path)
+
+    monkeypatch.setattr(archives, "list_zip", watched)
+    opened = open_pairs(tmp_path / "made")
+    assert sum(len(opened.split(split)) for split in opened.splits()) == 2
+    assert [path.name for path in listed] == ["a.zip"]
+    assert gc.isenabled()
+    shown = capsys.readouterr().err
+    for step in ("listing made", "reading captions.jsonl", "finding pictures", "writing the index"):
+        assert step in shown, step
+
+
+def test_the_collector_works_again_after_data_that_are_refused(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text('{"image": "none.png", "caption": "x"}\n' * 3, "utf-8")
+    with pytest.raises(TooManyErrors):
+        open_pairs(tmp_path / "captions.jsonl")
+    assert gc.isenabled()
