@@ -384,9 +384,10 @@ class TextDecoder(Pretrained, Decoder):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
-        if self.mlm_proj is None:
-            return capped(self.lm_head(hidden), self.logit_softcap)
-        return self.lm_head(self.mlm_proj.transform(hidden)) + self.mlm_proj.bias
+        if self.mlm_proj is not None:
+            return self.lm_head(self.mlm_proj.transform(hidden)) + self.mlm_proj.bias
+        logits = self.lm_head(hidden)
+        return logits if self.logit_softcap is None else capped(logits, self.logit_softcap)
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
