@@ -18,6 +18,7 @@ from mmtransformer.cli.options import (
     generation_changes,
 )
 from mmtransformer.serialization.printable import json_text, say
+from mmtransformer.serialization.writing import whole_folder
 
 if TYPE_CHECKING:
     from mmtransformer.pipelines.classifier import Classes
@@ -129,7 +130,9 @@ def _export(name: str, words: Sequence[str]) -> int:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is there already: name a folder that is new or empty")
     if model.processor is None:
-        family = export_captioner(model.model, model.tokenizer, model.transform, out, args.family, reader=args.to)
+        with whole_folder(out) as folder:
+            parts = model.model, model.tokenizer, model.transform
+            family = export_captioner(*parts, folder, args.family, reader=args.to)
         say(f"{out}: a {family}, as {FAMILIES[family].reader} reads it")
         return 0
     if args.family is not None:
@@ -139,7 +142,8 @@ def _export(name: str, words: Sequence[str]) -> int:
     assert family is not None
     if args.to not in (None, family.reader):
         raise ValueError(f"--to {args.to}: {args.model} is of a family that {family.reader} reads; leave it out")
-    model.save_pretrained(out)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
     say(f"{out}: as {family.reader} reads it")
     return 0
 

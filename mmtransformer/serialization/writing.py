@@ -1,6 +1,7 @@
-"""Writing a file whole or not at all."""
+"""Writing a file, or a folder, whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,36 @@ def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) ->
             error.filename = str(path)
         raise
     return path
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Writes a folder whole or not at all: an error on the way leaves nothing.
+
+    Args:
+        folder: where to; there is none, or an empty one.
+
+    Yields:
+        a folder of the same name to write into, in a hidden one beside it.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}.", suffix=".part"))
+    inside = place / folder.name
+    try:
+        inside.mkdir()
+        yield inside
+        if folder.exists():  # it may be the current one, or a disk's: filled, not replaced
+            for item in inside.iterdir():
+                item.rename(folder / item.name)
+        else:
+            inside.rename(folder)
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(inside), str(folder))
+        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
