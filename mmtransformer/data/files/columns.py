@@ -128,7 +128,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
 def _by_cells(names: Sequence[str], some: Sequence[Mapping[str, Any]], named: str | None) -> str | None:
     """The column whose cells are names of pictures, where none is called so, or the one that is has addresses alone."""
     cells = {name: [str(row[name]) for row in some if row.get(name) not in (None, "")] for name in names}
-    if named is not None and not all("://" in cell for cell in cells[named]):
+    if named is not None and not (cells[named] and all("://" in cell for cell in cells[named])):
         return named
     ending = [name for name in names if cells[name] and all(map(looks_like_image, cells[name]))]
     files = [name for name in ending if not any("://" in cell for cell in cells[name])]

@@ -5,8 +5,9 @@ import gzip
 import io
 import lzma
 import re
-import unicodedata
 import zlib
+
+from mmtransformer.data.files.names import nfc
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -36,7 +37,7 @@ _FOREIGN = {
     ".zst": "Zstandard", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz",
 }  # fmt: skip
 # a picture's own file, named after all of it: cat.jpg.txt, Google's cat.jpg.supplemental-metadata.json (cut at 46)
-_AFTER = re.compile(rf"(.+)({'|'.join(map(re.escape, IMAGES))})(?:\.s[a-z-]*)?(\(\d+\))?", re.IGNORECASE)
+_AFTER = re.compile(rf"({'|'.join(map(re.escape, IMAGES))})(?:\.s[a-z-]*)?(\(\d+\))?\Z", re.IGNORECASE)
 _PART = re.compile(r"(.+\.(?:zip|tar|7z|rar|alz|egg|gz|tgz))\.(?:part)?\d+|(.+)\.(?:z\d\d|r\d\d|part\d+\.rar)")
 
 
@@ -52,13 +53,13 @@ def picture_of(path: str) -> str | None:
     Google's "a.jpg.supplemental-metadata(1).json" is that of "a(1).jpg".
     """
     stem = path.rpartition(".")[0]
-    found = _AFTER.fullmatch(stem) if "." in stem.rpartition("/")[2] else None
-    return f"{found[1]}{found[3] or ''}{found[2]}" if found else None
+    found = _AFTER.search(stem) if "." in stem else None
+    return f"{stem[: found.start()]}{found[2] or ''}{found[1]}" if found else None
 
 
 def own_stem(path: str) -> str:
     """The path, in composed Unicode, of what a file is named after, without ending: "a" for "a.txt" and "a.jpg.txt"."""
-    path = unicodedata.normalize("NFC", path)
+    path = nfc(path)
     return (picture_of(path) or path).rpartition(".")[0]
 
 

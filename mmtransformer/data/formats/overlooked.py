@@ -88,11 +88,13 @@ def unread(name: str) -> str:
 
 def download_logs(files: Files) -> set[str]:
     """Tables that a download tool wrote of each tar, or folder of pictures with texts, beside it and of its name."""
+    tables = [entry.path for entry in files.entries if entry.archive < 0 and entry.path.lower().endswith(COLUMNAR)]
+    if not tables:
+        return set()
     tars = {path.removesuffix(".tar") for path in files.archives if path.endswith(".tar")}
     stems = {own_stem(e.path) for e in files.entries if e.archive < 0 and e.path.lower().endswith((".txt", ".json"))}
     pictures = [nfc(e.path).rpartition(".")[0] for e in files.entries if e.path.lower().endswith(IMAGES)]
     tars |= {str(files.root / stem.rpartition("/")[0]) for stem in pictures if "/" in stem and stem in stems}
-    tables = [entry.path for entry in files.entries if entry.archive < 0 and entry.path.lower().endswith(COLUMNAR)]
     return {path for path in tables if str((files.root / path).with_suffix("")) in tars}
 
 
