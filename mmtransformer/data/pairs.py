@@ -114,7 +114,8 @@ class PairFiles:
     """Pictures with captions as people keep them, read in place, in folders, zips and tars.
 
     The format is detected, and `describe()` says it: pictures with a .txt each, CSV or TSV, JSONL, JSON, COCO
-    captions, Karpathy's JSON, Flickr8k's token file, Parquet, Excel: `mmtransformer.data.formats.manifests` lists them.
+    captions, Karpathy's JSON, Flickr8k's token file, Multi30k's lists, Parquet, Excel:
+    `mmtransformer.data.formats.manifests` lists them.
 
     Splits. What the data says holds: a split column, folders train/, val/, test/, manifests named by split. Where it
     says none, or has no val, the pictures whose name hashes below `val_fraction` are val: a picture is always in the

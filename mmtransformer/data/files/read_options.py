@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 from mmtransformer.layers.config import known_fields
 
 Format = Literal[
-    "auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "list", "parquet", "arrow", "excel"
+    "auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "list", "lines", "parquet", "arrow", "excel"
 ]
 Unit = Literal["line", "paragraph", "file"]
 Plain = Literal["detokenize", "html"]

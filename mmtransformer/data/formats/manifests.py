@@ -10,6 +10,7 @@
 - karpathy: Karpathy's {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
 - flickr: the authors' Flickr8k.token.txt ("name.jpg#0<TAB>caption") with its lists of splits
 - list: other lists without a header: "name.jpg<TAB>caption", "name.jpg caption", "name.jpg|0|caption"
+- lines: a list of pictures alone, and beside it files with their captions line by line: train_images.txt, train.en
 - parquet: a table with the pictures' bytes or paths
 - arrow: the same as `datasets.save_to_disk` writes it
 - excel: a workbook (.xlsx), its first sheet with such columns
@@ -32,6 +33,7 @@ from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.json_shapes import fits, json_shape
 from mmtransformer.data.formats.json_text import json_lines, load_json
+from mmtransformer.data.formats.line_by_line import line_files
 from mmtransformer.data.formats.lists import list_format
 from mmtransformer.data.formats.overlooked import download_logs, keys_of, unread
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
@@ -174,6 +176,7 @@ def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
         return None
     if name.endswith(".txt"):
         found = list_format(files.read_text(entry)[:65536], files.image_ids)
+        found = "lines" if found is None and line_files(files, entry) else found
         return Manifest(entry, found) if found else None
     try:
         if not name.endswith(".json"):
@@ -257,6 +260,8 @@ def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) 
         head = files.read_text(entry)[:65536]
         if (found := list_format(head, files.image_ids)) is not None:
             return found
+        if line_files(files, entry):
+            return "lines"
         # a .txt is a table if its first line names its columns
         return "csv" if alone or _has_columns(head, wanted) else None
     if not name.endswith(".json"):

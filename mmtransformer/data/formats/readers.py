@@ -15,6 +15,7 @@ from mmtransformer.data.formats.excel import read_excel
 from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records
 from mmtransformer.data.formats.json_shapes import json_shape
 from mmtransformer.data.formats.json_text import json_lines, load_json
+from mmtransformer.data.formats.line_by_line import read_line_by_line
 from mmtransformer.data.formats.lists import read_list
 from mmtransformer.data.formats.parquet import ARROW
 
@@ -49,6 +50,10 @@ def _list(files: Files, entry: Entry, wanted: Wanted) -> Rows:
     return None, read_list(files, entry)
 
 
+def _lines(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+    return None, read_line_by_line(files, entry)
+
+
 def _json(files: Files, entry: Entry, wanted: Wanted, *, format: str) -> Rows:
     name = entry.path
     shape = json_shape(load_json(files, entry), wanted, files.image_ids)
@@ -70,6 +75,7 @@ FORMATS: dict[str, FileFormat] = {
     "karpathy": FileFormat("Karpathy JSON", partial(_json, format="karpathy")),
     "flickr": FileFormat("Flickr token file", _list),
     "list": FileFormat("list of pictures", _list),
+    "lines": FileFormat("captions line by line", _lines),
     "parquet": FileFormat("Parquet", read_columnar, (".parquet",)),
     "arrow": FileFormat("Arrow", read_columnar, ARROW),
     "excel": FileFormat("Excel", read_excel, (".xlsx",)),

@@ -135,6 +135,7 @@ def manifests(folder: Path) -> dict[str, bytes]:
             for i, (name, text) in enumerate(zip(names, texts, strict=True))
         ],
     }
+    (folder / "train.en").write_text("".join(f"{text}\n" for text in texts), "utf-8")
     flickr = "".join(f"{name}#{i}\t{text}\n" for name, text in zip(names, texts, strict=True) for i in range(2))
     return {
         "pairs.csv": rows.getvalue().encode(),
@@ -144,6 +145,7 @@ def manifests(folder: Path) -> dict[str, bytes]:
         "captions_train2014.json": json.dumps(coco).encode(),
         "dataset_own.json": json.dumps(karpathy).encode(),
         "results.token": flickr.encode(),
+        "train_images.txt": "".join(f"{name}\n" for name in names).encode(),
     }
 
 
