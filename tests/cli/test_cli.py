@@ -113,7 +113,7 @@ def test_help_is_quick() -> None:
         ),
         ([*FINETUNE, "--data.source=NOWHERE", "--model.init=MODEL"], "NOWHERE does not exist"),
         ([*FINETUNE, "--data.source=PAIRS", "--model.init=NOWHERE"], "NOWHERE: no such folder"),
-        ([*FINETUNE, "--data.source=PAIRS"], "`mmt fit --config caption_scenes`, or name another model"),
+        ([*FINETUNE, "--data.source=PAIRS"], " fit --config caption_scenes`, or name another model"),
         (["caption", "NOWHERE.png", "--model", "MODEL"], "NOWHERE.png"),
         (["caption", "PAIRS/p0.txt", "--model", "MODEL"], "p0.txt: not a picture"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"], 'language "fr"; it knows en, ko'),

@@ -32,7 +32,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError
 from mmtransformer.pipelines.caption_files import between
 from mmtransformer.pipelines.many_images import devices_of, load_ahead
-from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.printable import counted, program
 from support.cli import mmt
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "orange")
@@ -193,7 +193,7 @@ def test_the_command_that_tries_again_empties_no_file(
     (photos / "1bad.jpg").write_bytes(b"broken")
     for out, kept in (("c.jsonl", False), ("texts/", True)):
         _, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out, "--overwrite")
-        (command,) = re.findall(r"`mmt (caption .*)` tries them again", err)
+        (command,) = re.findall(rf"`{re.escape(program())} (caption .*)` tries them again", err)
         assert ("--overwrite" in command) == kept
         mmt(capsys, *shlex.split(command))
     assert names(Path("c.jsonl").read_text("utf-8")) == ALL
@@ -265,10 +265,10 @@ def test_the_command_that_tries_again_is_one_that_runs(
     options = ["--model", model, "--language", "ko", "--out", out, "--prefix", "my style,"]
     code, _, err = mmt(capsys, "caption", *options, "--", "photos")
     assert code == 1
-    (command,) = re.findall(r"`(mmt caption .*)` tries them again", err)
-    assert shlex.split(command)[3:] == options  # so that those captions are no others than these
+    (command,) = re.findall(rf"`{re.escape(program())} (caption .*)` tries them again", err)
+    assert shlex.split(command)[2:] == options  # so that those captions are no others than these
     Image.new("RGB", (20, 20), "pink").save(photos / "1bad.jpg")
-    code, _, err = mmt(capsys, *shlex.split(command)[1:])
+    code, _, err = mmt(capsys, *shlex.split(command))
     assert (code, "1 picture captioned" in err) == (0, True), err
 
 

@@ -12,6 +12,7 @@ from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images.files import _check_size
+from mmtransformer.serialization.printable import program
 from support.cli import mmt
 
 
@@ -63,12 +64,12 @@ def test_an_overlay_is_called_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _, out, _ = mmt(capsys, "recipes", "copy", "tiny")
-    assert out == "tiny.yaml; lay it over a recipe: mmt fit --config caption_scenes --config tiny.yaml\n"
+    assert out == f"tiny.yaml; lay it over a recipe: {program()} fit --config caption_scenes --config tiny.yaml\n"
     code, _, err = mmt(capsys, "fit", "--config", "tiny.yaml")
     assert code == 2
-    way = "it can be laid over one: mmt fit --config caption_scenes --config tiny.yaml"
+    way = f"it can be laid over one: {program()} fit --config caption_scenes --config tiny.yaml"
     assert err == f"mmt fit: error: tiny.yaml names no model, so it is no recipe; {way}\n"
-    code, out, err = mmt(capsys, *shlex.split(way.partition("mmt ")[2]), "--print_config")
+    code, out, err = mmt(capsys, *shlex.split(way.partition(f"{program()} ")[2]), "--print_config")
     assert (code, "class_path: " in out) == (0, True), err
     code, _, err = mmt(capsys, "fit", "--config", "nosuch.yaml")
     assert err == "mmt fit: error: nosuch.yaml: no such recipe; mmt recipes lists the library's\n"
@@ -120,8 +121,8 @@ def test_of_a_run_that_stopped_the_way_to_its_model_is_said(
     (run / "checkpoints/last.ckpt").touch()
     (run / "config.yaml").touch()
     way = (
-        f"`mmt fit --config '{run}/config.yaml' --ckpt_path '{run}/checkpoints/last.ckpt' --trainer.max_steps 1` "
-        f"writes its model without training on"
+        f"`{program()} fit --config '{run}/config.yaml' --ckpt_path '{run}/checkpoints/last.ckpt' "
+        f"--trainer.max_steps 1` writes its model without training on"
     )
     for named in (run, run / "checkpoints", run / "checkpoints/last.ckpt"):
         code, _, err = mmt(capsys, "caption", "a.png", "--model", str(named))

@@ -24,7 +24,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.serialization.printable import counted, say
+from mmtransformer.serialization.printable import counted, program, say
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
@@ -273,7 +273,7 @@ def finetune(
     if init == _START and not Path(init).is_dir():
         raise ValueError(
             f"{init}: no such folder; it is where training starts unless told: make it with "
-            f"`mmt fit --config caption_scenes`, or name another model with --model.init"
+            f"`{program()} fit --config caption_scenes`, or name another model with --model.init"
         )
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
     captioner = saved.model

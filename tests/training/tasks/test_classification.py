@@ -23,6 +23,7 @@ from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.images import Augment, ImageError
+from mmtransformer.serialization.printable import program
 from mmtransformer.training import Classification
 from mmtransformer.training.tasks.classification import class_scores, make_cards, table
 
@@ -338,9 +339,9 @@ def test_classes_are_written_to_a_file_that_a_second_call_goes_on_with(
     words = ["classify", str(root), "--model", "model", "--device", "cpu", "--top-k", "2", "--out", out]
     assert main(words) == 1
     printed, err = capsys.readouterr()
-    again = f"`mmt classify @bad_images_classes.txt --model model --device cpu --top-k 2 --out {out}` tries them again"
-    said = f"5 pictures classified in {out}; 1 could not be used: bad_images_classes.txt names them ({again})"
-    assert (printed, err.splitlines()[1:]) == ("", [said])
+    again = f"{program()} classify @bad_images_classes.txt --model model --device cpu --top-k 2 --out {out}"
+    bad = f"1 could not be used: bad_images_classes.txt names them (`{again}` tries them again)"
+    assert (printed, err.splitlines()[1:]) == ("", [f"5 pictures classified in {out}; {bad}"])
     names = sorted(str(path) for path in root.rglob("*.png") if "broken" not in path.name)
     whole = Path(out).read_text("utf-8")
     if out.endswith("csv"):
