@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from mmtransformer.layers.config import NormConfig as NormConfig
     from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
-    from mmtransformer.layers.positions import Rope as Rope
+    from mmtransformer.layers.positions import RotaryAngles as RotaryAngles
     from mmtransformer.layers.positions import ViTPosEmbedConfig as ViTPosEmbedConfig
     from mmtransformer.layers.record import record_attention as record_attention
     from mmtransformer.losses.contrastive import clip_loss as clip_loss

@@ -219,7 +219,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     (f"-c {PYTHON}", 1, ("mmtransformer.weights True", "ImageCaptioner Tokenizer", "3 streamed", "True typed",
                          "by a list_iterator: give a list of them, [*images], or captioner.stream(images)")),
     (CLIP, 0, ("mmt search",)),
-    ("search red --index bad --model runs/clip/model", 2, ("broken.jpg", "error: not one of 1 picture can be used")),
+    ("search red --images bad --model runs/clip/model", 2, ("broken.jpg", "error: not one of 1 picture can be used")),
     (f"evaluate {MODEL} --data turns --split train", 0, ("answers to later turns of conversations",)),
     ("fit --config tiny", 2, ("names no model", "mmt fit --config caption_scenes --config")),
     ("recipes copy tiny", 0, ("lay it over a recipe: mmt fit --config caption_scenes --config tiny.yaml",)),

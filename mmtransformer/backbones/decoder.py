@@ -27,7 +27,7 @@ from mmtransformer.layers.config import (
 from mmtransformer.layers.kernels import capped
 from mmtransformer.layers.linear import Linear, linear
 from mmtransformer.layers.masks import Mask
-from mmtransformer.layers.positions import Rotary, sinusoidal
+from mmtransformer.layers.positions import RotaryEmbedding, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
 
 Context = Tensor | Sequence[KeyValue]
@@ -73,7 +73,7 @@ class TextDecoder(Pretrained, Decoder):
         max_len: most tokens of a row, prompt included; the size of the table where positions are learned.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         context_dim: width of the context's tokens; None = a language model without cross-attention.
-        cross_layer_interval: the last of every so many blocks reads the context.
+        cross_attn_every_n_layers: the last of every so many blocks reads the context.
         attention: heads, biases, window.
         mlp: activation and biases of the MLPs.
         norm: which norms, and where.
@@ -100,7 +100,7 @@ class TextDecoder(Pretrained, Decoder):
         max_len: int = 1024,
         mlp_dim: int | None = None,
         context_dim: int | None = None,
-        cross_layer_interval: int = 1,
+        cross_attn_every_n_layers: int = 1,
         attention: AttentionConfig = AttentionConfig(),
         mlp: MLPConfig = MLPConfig(),
         norm: NormConfig = NormConfig(),
@@ -122,15 +122,15 @@ class TextDecoder(Pretrained, Decoder):
         check_sizes(0, depth=depth)
         check_configs(attention=(attention, AttentionConfig), mlp=(mlp, MLPConfig), norm=(norm, NormConfig),
                       positions=(positions, PositionConfig))  # fmt: skip
-        if not 1 <= cross_layer_interval <= max(depth, 1):
-            raise ValueError(f"cross_layer_interval ({cross_layer_interval}) must be between 1 and depth ({depth})")
+        if not 1 <= (every := cross_attn_every_n_layers) <= max(depth, 1):
+            raise ValueError(f"cross_attn_every_n_layers ({every}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
         if mlm_head and logit_softcap is not None:
             raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: mlm_head must be false")
         if mlm_head and mlp.activation in ("swiglu", "geglu_tanh"):
             raise ValueError(f'mlm_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
-        self.context_dim, self.cross_layer_interval = context_dim, cross_layer_interval
+        self.context_dim, self.cross_attn_every_n_layers = context_dim, every
         self.tied, self.logit_softcap, self.mlm_head, self.dropout = tied, logit_softcap, mlm_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
@@ -140,7 +140,7 @@ class TextDecoder(Pretrained, Decoder):
         head_dim = attention.head_dim or dim // num_heads
         turns = positions.kind == "rotary"
         self.embed_norm = make() if norm.embed else nn.Identity()
-        self.rotary = Rotary(head_dim, theta=positions.theta, scaling=positions.scaling) if turns else None
+        self.rotary = RotaryEmbedding(head_dim, theta=positions.theta, scaling=positions.scaling) if turns else None
         self.drop = make_dropout(dropout)
         self.blocks = nn.ModuleList(
             DecoderBlock(
@@ -184,7 +184,7 @@ class TextDecoder(Pretrained, Decoder):
         return MLP(self.dim, self.mlp_dim, activation=kind, bias=self.mlp.bias)
 
     def _cross_attention(self, i: int) -> Attention | None:
-        if self.context_dim is None or (i + 1) % self.cross_layer_interval:
+        if self.context_dim is None or (i + 1) % self.cross_attn_every_n_layers:
             return None
         # No dropout here: its mask is as large as the weights over a whole image; drop visual tokens instead.
         return Attention(self.dim, self.num_heads, context_dim=self.context_dim)
@@ -299,7 +299,7 @@ class TextDecoder(Pretrained, Decoder):
             if context.ndim != 3 or context.shape[-1] != self.context_dim:
                 raise ValueError(f"a context is (n k {self.context_dim}), not {tuple(context.shape)}")
             context = self.project_context(context)
-        if context is not None and len(context) != (count := self.depth // self.cross_layer_interval):
+        if context is not None and len(context) != (count := self.depth // self.cross_attn_every_n_layers):
             raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")
         contexts, seen = iter(context or ()), None
         if context_mask is not None:
@@ -309,9 +309,9 @@ class TextDecoder(Pretrained, Decoder):
             if not state.length and context is not None:
                 state.context, state.context_mask = list(context), context_mask
             state.advance(x.shape[0], position_ids, attention_mask)
-        full = self.attention_mask(x, attention_mask, mask, state, None, bidirectional)
+        full = self.make_mask(x, attention_mask, mask, state, None, bidirectional)
         window, interval = self.attention.window, self.attention.full_interval
-        narrow = full if window is None else self.attention_mask(x, attention_mask, mask, state, window, bidirectional)
+        narrow = full if window is None else self.make_mask(x, attention_mask, mask, state, window, bidirectional)
         rope = None if self.rotary is None else self.rotary(position_ids)
         nope_interval = self.positions.nope_interval
         x = self.drop(x)
@@ -328,7 +328,7 @@ class TextDecoder(Pretrained, Decoder):
             )
         return self.last_norm(x)
 
-    def attention_mask(
+    def make_mask(
         self,
         x: Tensor,
         attention_mask: Tensor | None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.layers.config import known_fields
-from mmtransformer.layers.positions import Rope
+from mmtransformer.layers.positions import RotaryAngles
 
 
 @known_fields
@@ -88,7 +88,7 @@ class GridRotary(nn.Module):
         rows, columns = (x.flatten() for x in torch.meshgrid(*axes, indexing="ij"))
         return (rows, columns) if self.config.order == "yx" else (columns, rows)
 
-    def forward(self, grid: tuple[int, int], prefix: int, device: torch.device) -> list[Rope]:
+    def forward(self, grid: tuple[int, int], prefix: int, device: torch.device) -> list[RotaryAngles]:
         """Each block's angles for `prefix` tokens and the patches of a grid."""
         first, second = self._coordinates(grid, device)
         if self.config.kind == "mixed":
@@ -100,14 +100,14 @@ class GridRotary(nn.Module):
             every = torch.cat((first[:, None] * rates, second[:, None] * rates), dim=-1)[None]
         every = torch.cat((every.new_zeros(*every.shape[:-2], prefix, every.shape[-1]), every), dim=-2)
         every = torch.cat((every, every), dim=-1)
-        ropes = [Rope(cos, sin) for cos, sin in zip(every.cos(), every.sin(), strict=True)]
+        ropes = [RotaryAngles(cos, sin) for cos, sin in zip(every.cos(), every.sin(), strict=True)]
         return ropes if len(ropes) == self.depth else ropes * self.depth
 
 
-def keep_angles(rope: Rope, kept: Tensor, prefix: int) -> Rope:
+def keep_angles(rope: RotaryAngles, kept: Tensor, prefix: int) -> RotaryAngles:
     """The angles of the prefix tokens and of the patches that are kept, (b s) long, in each row."""
     front = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
     index = torch.cat((front, kept + prefix), dim=1)
     if rope.cos.ndim == 2:
-        return Rope(rope.cos[index], rope.sin[index])
-    return Rope(*(x[0][:, index].transpose(0, 1) for x in rope))
+        return RotaryAngles(rope.cos[index], rope.sin[index])
+    return RotaryAngles(*(x[0][:, index].transpose(0, 1) for x in rope))

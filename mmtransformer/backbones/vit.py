@@ -21,7 +21,7 @@ from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.config import check_configs, check_sizes
 from mmtransformer.layers.linear import Linear, trunc_normal_
 from mmtransformer.layers.masks import Mask
-from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
+from mmtransformer.layers.positions import RotaryAngles, resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
 
 # The paper's sizes (arXiv:2010.11929, table 1); tiny and small from DeiT (arXiv:2012.12877).
@@ -206,7 +206,7 @@ class ViT(Pretrained, nn.Module):
         """What the blocks' weights are kept in."""
         return next(self.patch_embed.parameters()).dtype
 
-    def embed(self, pixels: Tensor) -> tuple[Tensor, Sequence[Rope | None]]:
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Sequence[RotaryAngles | None]]:
         """What the first block reads, prefix tokens and patches (b p d), and each block's angles.
 
         Args:
@@ -240,7 +240,7 @@ class ViT(Pretrained, nn.Module):
             x = self.forward_block(block, x, rope)
         return self.forward_norm(x)
 
-    def forward_block(self, block: nn.Module, x: Tensor, rope: Rope | None, mask: Mask | None = None) -> Tensor:
+    def forward_block(self, block: nn.Module, x: Tensor, rope: RotaryAngles | None, mask: Mask | None = None) -> Tensor:
         """A block's tokens (b p d), computed again in the backward pass where that was asked for."""
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, mask=mask, rope=rope, use_reentrant=False)  # pyright: ignore[reportReturnType]

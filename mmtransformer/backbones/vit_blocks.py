@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, Mask, Rope
+from mmtransformer.layers.attention import Attention, Mask, RotaryAngles
 from mmtransformer.layers.blocks import MLP, EncoderBlock, SwiGLU, make_branch, make_norm
 from mmtransformer.layers.config import Activation, Norm, known_fields
 from mmtransformer.layers.linear import Linear
@@ -90,7 +90,7 @@ class ViTOutputConfig:
 class ResPostNormBlock(EncoderBlock):
     """Attention, then an MLP, whose results are normed before they are added (Swin v2, arXiv:2111.09883)."""
 
-    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: RotaryAngles | None = None) -> Tensor:
         """(b q d) -> (b q d)."""
         x = x + self.branch1(self.norm1(self.attn(x, mask=mask, rope=rope)))
         return x + self.branch2(self.norm2(self.mlp(x)))
@@ -124,7 +124,7 @@ class ParallelBlock(nn.Module):
         self.norm, self.attn, self.mlp = norm(), attn, mlp
         self.branch = make_branch(dim, dropout, drop_path, layer_scale)
 
-    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: RotaryAngles | None = None) -> Tensor:
         """(b q d) -> (b q d)."""
         normed = self.norm(x)
         return x + self.branch(self.attn(normed, mask=mask, rope=rope) + self.mlp(normed))

@@ -45,7 +45,7 @@ class CaptionBatch(Batch):
         pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample. With `patch_grids` patches
             (b i p c), filled up to the most that an image has.
         visual_tokens: (b i p d), what `Captioner.forward_features` makes of pixels, in their place (a feature cache).
-        names: the b samples' names.
+        names: the b samples' names. In contrastive losses, samples of one name are no negatives of each other.
         references: the b samples' captions, each (text, language).
         questions: what is asked of each of the b samples, None where nothing is; () = of none.
         image_mask: (b i) bool, which of a sample's images are real, where samples have different numbers; None = all.

@@ -18,7 +18,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
-from mmtransformer.connectors.base import Connector
+from mmtransformer.connectors.base import Connector, check_connector
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
@@ -38,7 +38,7 @@ class GatedBlockConfig:
         num_heads: heads of the gated attention.
         head_dim: width of one head.
         qk_norm: norm of each head's queries and keys.
-        mlp: activation of the gated MLPs, or "swiglu" (Idefics).
+        activation: of the gated MLPs, or "swiglu" (Idefics).
         mlp_dim: their hidden width; None = 4 times the decoder's.
         norm: "layer" or "rms" (Idefics).
         norm_eps: of the norms.
@@ -51,7 +51,7 @@ class GatedBlockConfig:
     num_heads: int = 8
     head_dim: int = 64
     qk_norm: Literal["rms", "layer"] | None = None
-    mlp: Activation | Literal["swiglu"] = "gelu"
+    activation: Activation | Literal["swiglu"] = "gelu"
     mlp_dim: int | None = None
     norm: Norm = "layer"
     norm_eps: float = 1e-5
@@ -74,7 +74,9 @@ class GatedBlockConfig:
         return GatedCrossAttentionBlock(
             dim,
             attn,
-            SwiGLU(dim, mlp_dim) if self.mlp == "swiglu" else MLP(dim, mlp_dim, activation=self.mlp, bias=False),
+            SwiGLU(dim, mlp_dim)
+            if self.activation == "swiglu"
+            else MLP(dim, mlp_dim, activation=self.activation, bias=False),
             partial(make_norm, self.norm, dim, self.norm_eps),
             per_channel=self.per_channel,
             mlp_without_image=self.mlp_without_image,
@@ -114,8 +116,8 @@ class Flamingo(Captioner):
         vision: the vision encoder.
         decoder: the language model.
         connector: visual tokens to latents, as a `PerceiverResampler`; None = the gated blocks read all visual tokens.
-        cross_layer_interval: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
-        cross_layers: numbers of the blocks that have one before them, in the place of `cross_layer_interval`.
+        cross_attn_every_n_layers: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
+        cross_layers: numbers of the blocks that have one before them, in the place of `cross_attn_every_n_layers`.
         gated: what the gated blocks are.
         visible_images: which images a token sees; see `image_attention_mask`.
         keep_prefix_tokens: whether class and register tokens are read too; OpenFlamingo reads patches alone.
@@ -134,7 +136,7 @@ class Flamingo(Captioner):
         decoder: Decoder,
         *,
         connector: Connector | None = None,
-        cross_layer_interval: int = 1,
+        cross_attn_every_n_layers: int = 1,
         cross_layers: Sequence[int] | None = None,
         gated: GatedBlockConfig = GatedBlockConfig(),
         visible_images: VisibleImages = "last",
@@ -143,22 +145,20 @@ class Flamingo(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if connector is not None and connector.visual_dim != vision.dim:
-            raise ValueError(
-                f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
-            )
+        check_connector(connector, vision.dim)
         if getattr(decoder, "context_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
-        layers = range(cross_layer_interval - 1, decoder.depth, max(cross_layer_interval, 1))
+        every = cross_attn_every_n_layers
+        layers = range(every - 1, decoder.depth, max(every, 1))
         layers = list(layers if cross_layers is None else cross_layers)
         if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= decoder.depth:
-            asked = f"cross_layer_interval={cross_layer_interval}" if cross_layers is None else f"cross_layers={layers}"
+            asked = f"cross_attn_every_n_layers={every}" if cross_layers is None else f"cross_layers={layers}"
             raise ValueError(
                 f"{asked} names no ascending list of the decoder's {decoder.depth} blocks (0 to {decoder.depth - 1})"
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.connector, self.freeze_decoder = connector, freeze_decoder
-        self.cross_layer_interval, self.cross_layers = cross_layer_interval, layers
+        self.cross_attn_every_n_layers, self.cross_layers = every, layers
         self.gated, self.keep_prefix_tokens = gated, keep_prefix_tokens
         self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.gated_blocks = nn.ModuleList(

@@ -30,7 +30,7 @@ class Llava(Captioner):
 
     Args:
         vision: the vision encoder.
-        connector: brings its tokens to the width of the decoder's embeddings.
+        projector: brings its tokens to the width of the decoder's embeddings.
         decoder: a causal language model, ours or any of transformers'.
         image_token_id: the id that placeholders have.
         vision_feature_layers: the blocks whose tokens are read, side by side, as `ViT.tokens_after` counts them, and
@@ -47,7 +47,7 @@ class Llava(Captioner):
     def __init__(
         self,
         vision: ViT,
-        connector: MLPProjector | LinearProjector,
+        projector: MLPProjector | LinearProjector,
         decoder: Decoder,
         image_token_id: int,
         *,
@@ -58,26 +58,29 @@ class Llava(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
+        if not isinstance(projector, MLPProjector | LinearProjector):
+            kind = type(projector).__name__
+            raise ValueError(f"projector must be an MLPProjector or a LinearProjector, not a {kind}")
         layers = None if vision_feature_layers is None else tuple(vision_feature_layers)
         width, read = decoder.embedding_weights[0].shape[1], vision.dim * len(layers or (-1,))
-        if (connector.visual_dim, connector.dim) != (read, width):
+        if (projector.visual_dim, projector.dim) != (read, width):
             raise ValueError(
-                f"the connector goes from {connector.visual_dim} to {connector.dim}, but the vision encoder's tokens "
+                f"the projector goes from {projector.visual_dim} to {projector.dim}, but the vision encoder's tokens "
                 f"have {read} channels and the decoder's embeddings {width}"
             )
         if any(not -vision.depth <= layer < vision.depth for layer in layers or ()):
             raise ValueError(f"tokens behind blocks {layers} are to be read, but there are {vision.depth}")
-        if any(side % connector.pixel_shuffle for side in vision.grid_size):
-            s, (gh, gw) = connector.pixel_shuffle, vision.grid_size
+        if any(side % projector.pixel_shuffle for side in vision.grid_size):
+            s, (gh, gw) = projector.pixel_shuffle, vision.grid_size
             raise ValueError(f"squares of {s} x {s} patches do not tile a grid of {gh} x {gw}")
         if not 0 <= image_token_id < decoder.vocab_size:
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
-        if keep_prefix_tokens and (connector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
+        if keep_prefix_tokens and (projector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
             raise ValueError(
                 "class and register tokens have no place in squares of patches or in tiles: keep_prefix_tokens must be "
                 "False"
             )
-        self.connector, self.decoder = connector, freeze(decoder) if freeze_decoder else decoder
+        self.projector, self.decoder = projector, freeze(decoder) if freeze_decoder else decoder
         self.image_token_id, self.tiles, self.freeze_decoder = image_token_id, tiles, freeze_decoder
         self.vision_feature_layers, self.keep_prefix_tokens = layers, keep_prefix_tokens
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if tiles.pinpoints else None
@@ -107,7 +110,7 @@ class Llava(Captioner):
         counts = [visual.shape[1]] * len(visual) if real is None else real.sum(1).tolist()
         field = "pixels" if batch.visual_tokens is None else "visual_tokens"
         tokens = self.visual_tokens(replace(batch, **{field: flat[:, None]}))[:, 0]
-        images = self.connector(tokens, self.grid(batch)).split(counts)
+        images = self.projector(tokens, self.grid(batch)).split(counts)
         if self.newline is None:
             return [x.flatten(0, 1) for x in images]
         found = []
@@ -141,7 +144,7 @@ class Llava(Captioner):
     def token_grid(self, batch: CaptionBatch) -> Size:
         """Rows and columns of the tokens of an image."""
         gh, gw = self.grid(batch)
-        return gh // self.connector.pixel_shuffle, gw // self.connector.pixel_shuffle
+        return gh // self.projector.pixel_shuffle, gw // self.projector.pixel_shuffle
 
     def inputs_embeds(self, batch: CaptionBatch) -> Tensor:
         """Embeddings of the text, with the images' tokens at their placeholders: (n q e).
@@ -213,5 +216,5 @@ class Llava(Captioner):
                 parts = zip(seen.split(lengths, 1), pictures[sample], strict=True)
                 found = torch.stack([self.tiles.on_grid(x, *p, (rows, columns)) for x, p in parts], 1)
             maps[i, :, real[sample]] = found
-        s = self.connector.pixel_shuffle
+        s = self.projector.pixel_shuffle
         return repeat(maps / s**2, "n q i gh gw -> n q i (gh s1) (gw s2)", s1=s, s2=s)

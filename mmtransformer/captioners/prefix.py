@@ -58,7 +58,7 @@ class PrefixCaptioner(Captioner):
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.hidden_dim, self.pixel_shuffle, self.freeze_decoder = hidden_dim, pixel_shuffle, freeze_decoder
         width = decoder.embedding_weights[0].shape[1]
-        self.connector = MLPProjector(vision.dim, width, hidden_dim, pixel_shuffle=pixel_shuffle)
+        self.projector = MLPProjector(vision.dim, width, hidden_dim, pixel_shuffle=pixel_shuffle)
 
     @property
     def max_len(self) -> int:
@@ -76,7 +76,7 @@ class PrefixCaptioner(Captioner):
                 f"images of native size are not tiled by squares of pixel_shuffle ({self.pixel_shuffle}): build with 1"
             )
         patches = self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :]
-        return self.connector(patches, self.grid(batch))
+        return self.projector(patches, self.grid(batch))
 
     def prefix_mask(self, batch: CaptionBatch, count: int) -> Tensor | None:
         """Which of the `count` embeddings of each image are real, (b i count); None = all of real images."""

@@ -12,7 +12,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, freeze
-from mmtransformer.connectors.base import Connector
+from mmtransformer.connectors.base import Connector, check_connector
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.serialization.pretrained import from_config, to_config
@@ -44,14 +44,11 @@ class VisionEncoderDecoder(Captioner):
         freeze_decoder: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
+        check_connector(connector, vision.dim)
         given = vision.dim if connector is None else connector.dim
         if decoder.context_dim != given:
             source = "vision encoder's" if connector is None else "connector's"
             raise ValueError(f"the decoder's context_dim ({decoder.context_dim}) must be the {source} dim ({given})")
-        if connector is not None and connector.visual_dim != vision.dim:
-            raise ValueError(
-                f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
-            )
         self.decoder, self.connector, self.freeze_decoder = decoder, connector, freeze_decoder
         if freeze_decoder:
             freeze(decoder)
@@ -95,13 +92,13 @@ class VisionEncoderDecoder(Captioner):
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
-def add_cross_attention(decoder: TextDecoder, context_dim: int, cross_layer_interval: int = 1) -> TextDecoder:
+def add_cross_attention(decoder: TextDecoder, context_dim: int, cross_attn_every_n_layers: int = 1) -> TextDecoder:
     """A language model's copy that also reads a context; at first it says what the model says.
 
     Args:
         decoder: a decoder without cross-attention.
         context_dim: width of the context's tokens.
-        cross_layer_interval: the last of every so many blocks reads the context.
+        cross_attn_every_n_layers: the last of every so many blocks reads the context.
 
     Raises:
         ValueError: if it has cross-attention already.
@@ -109,7 +106,7 @@ def add_cross_attention(decoder: TextDecoder, context_dim: int, cross_layer_inte
     if decoder.context_dim is not None:
         raise ValueError(f"the decoder has cross-attention already, to tokens of width {decoder.context_dim}")
     config = to_config(decoder)
-    config["args"] |= {"context_dim": context_dim, "cross_layer_interval": cross_layer_interval}
+    config["args"] |= {"context_dim": context_dim, "cross_attn_every_n_layers": cross_attn_every_n_layers}
     new = from_config(config)
     assert isinstance(new, TextDecoder)
     own = {name: x for name, x in new.state_dict().items() if _crosses(name)}

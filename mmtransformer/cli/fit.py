@@ -36,7 +36,7 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --trainer.accelerator cpu|gpu        where to compute (a GPU if there is one)
   --trainer.devices N                  how many GPUs, or processes on a CPU
   --process_timeout SECONDS            how long a process of several may be silent before the others end (600)
-  --trainer.strategy ddp|sharded       how they share a run: the batches, or the weights as well
+  --trainer.strategy ddp|fsdp          how they share a run: the batches, or the weights as well
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
   --trainer.accumulate_grad_batches N  batches per optimizer step
   --trainer.gradient_clip_val X        clip the gradient's norm
@@ -201,7 +201,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 config.logger = MetricsLog(root)
             plugins = config.plugins or []
             plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-            if config.strategy == "sharded":
+            if config.strategy == "fsdp":
                 config.strategy = Sharded()
                 config.precision, more = number_format(config.precision)
                 plugins += more

@@ -44,8 +44,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add_model_options(parser)
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="what to look for; the vectors of several are added")
-    text = "pictures: a file, a folder (with subfolders), a pattern, a zip or tar; or an index file; may be repeated"
-    add("--index", action="append", required=True, metavar="PLACE", help=text)
+    text = "pictures: a file, a folder (with subfolders), a pattern, a zip or tar; may be repeated"
+    add("--images", action="append", default=[], metavar="PLACE", help=text)
     text = "find pictures like this one; may be repeated, and combined with a text"
     add("--like", action="append", default=[], metavar="IMAGE", help=text)
     add("--not", action="append", default=[], dest="without", metavar="TEXT", help="what not to show; may be repeated")
@@ -55,7 +55,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--top-k", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
     add("--json", action="store_true", help="print one line of JSON per picture or group")
     add("--out", metavar="OUT.html", help="show the answer as a page of pictures (or OUT.png, a sheet)")
-    text = "keep the index in this file; without it in the user's cache, never in the pictures' folders"
+    text = "the index's file, which knows its pictures; without it in the user's cache, never in the pictures' folders"
     add("--index-file", metavar="FILE.safetensors", help=text)
     add(
         "--no-update", action="store_true", help="answer from the index as it is, without checking for changed pictures"
@@ -93,10 +93,10 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.index_file and Path(args.index_file).is_dir():
         raise ValueError(f"--index-file {args.index_file} is a folder; name a file in it")
-    files = [place for place in args.index if place.endswith(".safetensors")]
-    if files and (len(args.index) > 1 or args.index_file):
-        what = "--index-file" if args.index_file else "other places"
-        raise ValueError(f"--index {files[0]} is an index that knows its pictures: leave out {what}")
+    if not (args.images or args.index_file):
+        raise ValueError("say where to look: --images PLACE, or --index-file FILE of an index that there is")
+    if files := [place for place in args.images if place.endswith(".safetensors")]:
+        raise ValueError(f"--images {files[0]} is an index, which knows its pictures: give it alone, as --index-file")
 
 
 def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
@@ -106,16 +106,15 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
     from mmtransformer.pipelines.search.image_index import ImageIndex, cached_path
     from mmtransformer.pipelines.search.index_update import fingerprint
 
-    given = args.index[0] if args.index[0].endswith(".safetensors") else None
-    if given and not Path(given).exists():
-        raise ValueError(f"{given}: no such index; --index FOLDER --index-file {given} makes one")
+    if not args.images and not Path(args.index_file).exists():
+        raise ValueError(f"{args.index_file}: no such index; add --images FOLDER, which makes it")
     encoder = ImageTextEmbedder.from_pretrained(args.model, device=args.device)
     model = fingerprint(encoder)
-    path = Path(given or args.index_file or cached_path(args.index, model))
+    path = Path(args.index_file or cached_path(args.images, model))
     if args.no_update:
         if not path.exists():
             raise ValueError(
-                f"--no-update: there is no index of {', '.join(args.index)} by this model yet; leave it out"
+                f"--no-update: there is no index of {', '.join(args.images)} by this model yet; leave it out"
             )
         return ImageIndex.load(path, encoder, model=model)
 
@@ -128,11 +127,12 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
     with told_when_stopped(
         lambda: f"before all was in the index: what is done is in {path}, and the same call goes on"
     ):
-        if given:
+        if args.images:
+            options |= {"path": path, "model": model, "model_name": str(args.model)}
+            index = ImageIndex.build(encoder, args.images, **options)
+        else:
             index = ImageIndex.load(path, encoder, model=model)
             index.update(**options)
-        else:
-            index = ImageIndex.build(encoder, args.index, path=path, model=model, model_name=str(args.model), **options)
     say(_summary(index), file=sys.stderr)
     return index
 

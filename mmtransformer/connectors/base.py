@@ -11,8 +11,8 @@ from mmtransformer.serialization.pretrained import Pretrained
 class Connector(Pretrained, nn.Module, ABC):
     """Visual tokens -> tokens that cross-attention reads: the `connector` of `VisionEncoderDecoder` and `Flamingo`.
 
-    Where tokens stand amid the text, the `connector` is a projector of a grid of patches (`MLPProjector`,
-    `LinearProjector`: `Llava`, `PaliGemma`, `PrefixCaptioner`), called in another way, and not of this class.
+    Where tokens stand amid the text, a `projector` of a grid of patches (`MLPProjector`, `LinearProjector`) takes its
+    place (`Llava`, `PaliGemma`, `PrefixCaptioner`), which is called in another way, and not of this class.
 
     A new one is a class of this kind in a file beside this one; only the library's public names can be saved. For
     `VisionEncoderDecoder`'s attention maps it gives a token a patch.
@@ -53,3 +53,23 @@ class Connector(Pretrained, nn.Module, ABC):
             )
         x = self(visual_tokens, mask)
         return x, mask if self.keeps_tokens else mask.any(-1, keepdim=True).expand(x.shape[:3])
+
+
+def check_connector(connector: object, visual_dim: int) -> None:
+    """Refuses what cannot stand between a vision encoder and cross-attention; None may.
+
+    Args:
+        connector: what was given as one.
+        visual_dim: width of the vision encoder's tokens.
+
+    Raises:
+        ValueError: naming its class or its width.
+    """
+    if connector is None:
+        return
+    if not isinstance(connector, Connector):
+        raise ValueError(f"connector must be a Connector, such as a LinearConnector, not a {type(connector).__name__}")
+    if connector.visual_dim != visual_dim:
+        raise ValueError(
+            f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({visual_dim})"
+        )

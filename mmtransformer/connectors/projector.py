@@ -1,6 +1,6 @@
 """Patches -> what a language model reads in front of its text: by an MLP (LLaVA, arXiv:2310.03744) or linearly.
 
-A projector is the `connector` of captioners whose visual tokens stand amid the text; it needs to know their grid.
+It is the `projector` of captioners whose visual tokens stand amid the text, and needs to know their grid.
 
 Shapes: gh gw rows and columns of patches, s side of the squares of them that become one token, l = gh gw / s^2 tokens.
 """

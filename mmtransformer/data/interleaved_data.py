@@ -47,7 +47,7 @@ class InterleavedData(DataModule):
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
         tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
         vocab_size: The most tokens of a tokenizer that is trained here.
-        max_len: The most tokens of a row.
+        row_len: The most tokens of a row, in which several documents stand if `pack`; a longer document is divided.
         max_images: The most pictures of a row.
         pack: Whether short documents share a row; they never see each other.
         batch_size: Rows in a batch of one process.
@@ -65,7 +65,7 @@ class InterleavedData(DataModule):
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
-        max_len: int = 256,
+        row_len: int = 256,
         max_images: int = 6,
         pack: bool = True,
         batch_size: int = 16,
@@ -90,7 +90,7 @@ class InterleavedData(DataModule):
             else source
         )
         self.augment, self._own_transform = augment, transform
-        self.max_len, self.max_images, self.pack = max_len, max_images, pack
+        self.row_len, self.max_images, self.pack = row_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
         self.caption_splits = splits_there(self._pairs, self.caption_splits)
         self.val_splits = (*logged, *self.caption_splits)  # names in the log, not of the source
@@ -109,7 +109,7 @@ class InterleavedData(DataModule):
                 self._pairs,
                 transform=self.transform,
                 tokenizer=self.tokenizer,
-                max_len=self.max_len,
+                max_len=self.row_len,
                 batch_size=self.batch_size,
                 loader=self.loader_config,
                 splits=Splits(val=self.caption_splits, test=()),
@@ -134,9 +134,9 @@ class InterleavedData(DataModule):
         Raises:
             ValueError: For a public model, whose prompts these documents do not have, or one that reads shorter rows.
         """
-        if max_len is not None and self.max_len > max_len:
+        if max_len is not None and self.row_len > max_len:
             raise ValueError(
-                f"data.max_len ({self.max_len}) is more than the {max_len} tokens that the model of model.init reads: "
+                f"data.row_len ({self.row_len}) is more than the {max_len} tokens that the model of model.init reads: "
                 f"set it to {max_len} or less"
             )
         if processor is not None:
@@ -157,13 +157,13 @@ class InterleavedData(DataModule):
         rows = DocumentRows(
             documents,
             self.tokenizer,
-            max_len=self.max_len,
+            row_len=self.row_len,
             max_images=self.max_images,
             pack=self.pack,
             seed=self.seed,
             parts=documents.parts if isinstance(documents, MixedDocuments) else None,
         )
-        of, row = f"of {counted(len(documents), 'document')}", f"({self.max_len} tokens, {self.max_images} pictures)"
+        of, row = f"of {counted(len(documents), 'document')}", f"({self.row_len} tokens, {self.max_images} pictures)"
         for count, what in (
             (rows.divided, f"{of} are longer than a row {row}: divided"),
             (rows.cut, "texts are longer than a row: cut"),

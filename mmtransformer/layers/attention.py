@@ -17,7 +17,7 @@ from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.config import check_sizes
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.masks import Mask, Segments
-from mmtransformer.layers.positions import Rope
+from mmtransformer.layers.positions import RotaryAngles
 
 
 def attend(
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         context: Tensor | KeyValue | None = None,
         *,
         mask: Mask | None = None,
-        rope: Rope | None = None,
+        rope: RotaryAngles | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Attends.

@@ -18,7 +18,7 @@ from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.config import Activation, Norm
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.masks import Mask
-from mmtransformer.layers.positions import Rope
+from mmtransformer.layers.positions import RotaryAngles
 
 
 def make_norm(kind: Norm | Literal["rms_offset"], dim: int, eps: float) -> nn.Module:
@@ -220,7 +220,7 @@ class EncoderBlock(nn.Module):
         self.branch1 = make_branch(dim, dropout, drop_path, layer_scale)
         self.branch2 = make_branch(dim, dropout, drop_path, layer_scale)
 
-    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Mask | None = None, rope: RotaryAngles | None = None) -> Tensor:
         """(b q d) -> (b q d)."""
         if self.pre_norm:
             x = x + self.branch1(self.attn(self.norm1(x), mask=mask, rope=rope))
@@ -272,7 +272,7 @@ class DecoderBlock(nn.Module):
         *,
         mask: Mask | None = None,
         context_mask: Mask | None = None,
-        rope: Rope | None = None,
+        rope: RotaryAngles | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Adds what the tokens before and the context say.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.masks import Mask
-from mmtransformer.layers.positions import Rope
+from mmtransformer.layers.positions import RotaryAngles
 
 _CHUNK = 64  # Causal: within so many tokens queries meet keys one by one, across chunks through sums.
 
@@ -161,7 +161,7 @@ class LinearAttention(nn.Module):
         context: Tensor | KeyValue | None = None,
         *,
         mask: Mask | None = None,
-        rope: Rope | None = None,
+        rope: RotaryAngles | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Attends, roughly as `Attention.forward`.

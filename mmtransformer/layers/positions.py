@@ -115,7 +115,7 @@ def document_positions(document_ids: Tensor) -> Tensor:
     return steps - torch.where(begins, steps, 0).cummax(1).values
 
 
-class Rope(NamedTuple):
+class RotaryAngles(NamedTuple):
     """Rotary angles of one pass (RoFormer, arXiv:2104.09864): cos and sin, (q c), (b q c) or (b h q c), float32.
 
     Rotates the pairs (i, i + c/2), as Llama's "rotate half" does.
@@ -133,7 +133,7 @@ class Rope(NamedTuple):
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class Rotary(nn.Module):
+class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, arXiv:2104.09864); the angles of a pass are computed once and handed down.
 
     Where rates depend on the length ("longrope"), each row takes those of its own: no row depends on those beside it.
@@ -173,7 +173,7 @@ class Rotary(nn.Module):
         self.inv_freq = rates.to(device)
         self.long_freq = None if long is None else long.to(device)
 
-    def forward(self, position_ids: Tensor) -> Rope:
+    def forward(self, position_ids: Tensor) -> RotaryAngles:
         """Angles for position ids (q) or (b q), in tokens."""
         if self.inv_freq.is_meta and not position_ids.is_meta:  # filled by load_state_dict(assign=True)
             self._compute(position_ids.device)
@@ -183,7 +183,7 @@ class Rotary(nn.Module):
             rates = torch.where(is_long, self.long_freq, rates)
         angles = position_ids[..., None].float() * rates
         angles = torch.cat((angles, angles), dim=-1)
-        return Rope(angles.cos() * self.gain, angles.sin() * self.gain)
+        return RotaryAngles(angles.cos() * self.gain, angles.sin() * self.gain)
 
 
 def scaled_rates(

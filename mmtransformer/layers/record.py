@@ -17,7 +17,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.kernels import capped, softmax
 from mmtransformer.layers.masks import Mask, broadcast
-from mmtransformer.layers.positions import Rope
+from mmtransformer.layers.positions import RotaryAngles
 
 
 def has_attention(model: nn.Module) -> bool:
@@ -99,7 +99,7 @@ def _weights(
     context: Tensor | KeyValue | None = None,
     *,
     mask: Mask | None = None,
-    rope: Rope | None = None,
+    rope: RotaryAngles | None = None,
     cache: KVCache | None = None,
 ) -> Tensor:
     # The layer has run: its cache already holds the new keys.

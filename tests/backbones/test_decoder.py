@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 cross": {"context_dim": CROSS},
     "llama": LLAMA | {"attention": AttentionConfig(num_kv_heads=2, bias=False, qk_norm="rms")},
-    "llama cross": LLAMA | {"context_dim": CROSS, "cross_layer_interval": 2},
+    "llama cross": LLAMA | {"context_dim": CROSS, "cross_attn_every_n_layers": 2},
     "bert cross": BERT | {"context_dim": CROSS},
 }
 
@@ -247,7 +247,9 @@ def test_rows_share_a_context_as_if_each_had_its_own(kind: str) -> None:
 
 
 def test_only_the_last_of_every_few_blocks_reads_the_context() -> None:
-    layers = {every: make("gpt2 cross", depth=5, cross_layer_interval=every).cross_layers for every in (1, 2, 3, 5)}
+    layers = {
+        every: make("gpt2 cross", depth=5, cross_attn_every_n_layers=every).cross_layers for every in (1, 2, 3, 5)
+    }
     assert layers == {1: [0, 1, 2, 3, 4], 2: [1, 3], 3: [2], 5: [4]}
 
 
@@ -362,8 +364,8 @@ def test_weights_start_as_gpt2s() -> None:
 
 def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
-        ({"cross_layer_interval": 4}, r"cross_layer_interval \(4\).*depth \(3\)"),
-        ({"cross_layer_interval": 0}, r"cross_layer_interval \(0\)"),
+        ({"cross_attn_every_n_layers": 4}, r"cross_attn_every_n_layers \(4\).*depth \(3\)"),
+        ({"cross_attn_every_n_layers": 0}, r"cross_attn_every_n_layers \(0\)"),
         ({"mlm_head": True, "mlp": MLPConfig("swiglu")}, 'cannot be "swiglu"'),
         ({"norm": NormConfig("batch")}, '"batch"'),  # pyright: ignore[reportArgumentType]
         ({"mlp": MLPConfig("geglu")}, '"geglu"'),  # pyright: ignore[reportArgumentType]

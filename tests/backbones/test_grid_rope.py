@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtransformer import ViT, ViTPatchConfig, ViTRopeConfig
 from mmtransformer.backbones.grid_rope import GridRotary, keep_angles
 from mmtransformer.backbones.patches import keep_tokens
-from mmtransformer.layers.attention import Rope
+from mmtransformer.layers.attention import RotaryAngles
 
 GRID, PREFIX, WIDTH, HEADS, DEPTH = (3, 5), 2, 12, 3, 2
 KINDS: dict[str, ViTRopeConfig] = {
@@ -88,7 +88,7 @@ def test_patches_that_stay_keep_their_angles(name: str) -> None:
         return torch.stack([keep_tokens(head, few) for head in x.unbind(1)], 1)
 
     found = keep_angles(rope, kept, PREFIX)
-    assert isinstance(found, Rope)
+    assert isinstance(found, RotaryAngles)
     torch.testing.assert_close(found.rotate(choose(x)), choose(rope.rotate(x)))
 
 

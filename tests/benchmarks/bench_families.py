@@ -144,7 +144,7 @@ def tiled_inputs(family: str, ours: Llava, rows: int) -> tuple[TiledBatch, dict[
     """The same of those whose pictures stand in the text, some of them in tiles."""
     side, sizes = ours.vision.image_size[0], torch.tensor([SIZE] * rows)
     tiles = 1 if family == "LLaVA" else 5
-    count = tiles * 256 // ours.connector.pixel_shuffle**2
+    count = tiles * 256 // ours.projector.pixel_shuffle**2
     if family == "LLaVA-NeXT":
         grid = ours.tiles.tiles(SIZE, (side, side))
         tiles, count = 1 + grid[0] * grid[1], ours.tiles.num_tokens(SIZE, grid, ours.vision.grid_size)

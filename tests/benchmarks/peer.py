@@ -4,18 +4,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import CaptionBatch, VisionEncoderDecoder, ViT, ViTBlockConfig
+from mmtransformer import CaptionBatch, LinearConnector, VisionEncoderDecoder, ViT, ViTBlockConfig
 from mmtransformer.weights import lm_from_transformers
 
 VOCAB, IMAGE_TOKENS = 50257, 197
-
-
-class Projection(nn.Linear):
-    """The peer's linear layer between vision and text, in the place of our connector."""
-
-    def __init__(self, visual_dim: int, dim: int) -> None:
-        super().__init__(visual_dim, dim)
-        self.visual_dim, self.dim = visual_dim, dim
 
 
 def make_peer(depth: int = 12) -> nn.Module:
@@ -39,9 +31,9 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
     decoder = lm_from_transformers(peer.decoder)
     vision = vision_of(peer.encoder)
     if not folded:
-        connector = Projection(projection.shape[1], projection.shape[0])
-        connector.load_state_dict(peer.enc_to_dec_proj.state_dict())
-        return VisionEncoderDecoder(vision, decoder, connector=connector)  # pyright: ignore[reportArgumentType]
+        connector = LinearConnector(projection.shape[1], projection.shape[0])
+        connector.proj.load_state_dict(peer.enc_to_dec_proj.state_dict())
+        return VisionEncoderDecoder(vision, decoder, connector=connector)
     for block in decoder.blocks:
         for layer in (block.cross_attn.k_proj, block.cross_attn.v_proj):
             layer.bias.data += layer.weight.data @ peer.enc_to_dec_proj.bias.data

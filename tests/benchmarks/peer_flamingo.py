@@ -71,7 +71,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         lm_from_transformers(peer.lm),
         connector=resampler,
         gated=GatedBlockConfig(
-            num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True
+            num_heads=12, activation="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True
         ),
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):

@@ -45,8 +45,14 @@ LLAMA: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama, as idefics": {"lm": LLAMA, "mlp": "swiglu", "norm": "rms", "qk_norm": "rms", "mlp_without_image": True},
-    "no resampler": {"latents": 0, "cross_layer_interval": 2, "visible_images": "all_previous"},
+    "llama, as idefics": {
+        "lm": LLAMA,
+        "activation": "swiglu",
+        "norm": "rms",
+        "qk_norm": "rms",
+        "mlp_without_image": True,
+    },
+    "no resampler": {"latents": 0, "cross_attn_every_n_layers": 2, "visible_images": "all_previous"},
     "gates a channel": {"per_channel": True, "cross_layers": [0, 2], "visible_images": "all_previous"},
 }
 
@@ -393,7 +399,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
 
 
 def test_frozen_is_frozen() -> None:
-    model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_layer_interval=2), batch()
+    model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_attn_every_n_layers=2), batch()
     before = digest(model.vision), digest(model.decoder)
     start = caption_loss(model, given, reduction="sum").sum.item()
     optimizer = train(model, given, steps=4)
@@ -660,7 +666,7 @@ def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
 
 def test_a_gated_block_stands_where_openflamingo_has_it() -> None:
     decoder = TextDecoder(VOCAB, 24, 7, 4)
-    layers = [Flamingo(ViT(16, 8, 20, 1, 4), decoder, cross_layer_interval=k).cross_layers for k in (1, 2, 3, 7)]
+    layers = [Flamingo(ViT(16, 8, 20, 1, 4), decoder, cross_attn_every_n_layers=k).cross_layers for k in (1, 2, 3, 7)]
     assert layers == [[0, 1, 2, 3, 4, 5, 6], [1, 3, 5], [2, 5], [6]]
 
 
@@ -672,7 +678,13 @@ def test_number_of_parameters_is_that_of_the_peers() -> None:
 
     with torch.device("meta"):
         assert [count(dim, 1024) for dim in (768, 2048, 4096)] == [6_556_674, 36_708_354, 139_476_994]
-        idefics: dict[str, Any] = {"mlp": "swiglu", "mlp_dim": 11008, "norm": "rms", "num_heads": 32, "head_dim": 128}
+        idefics: dict[str, Any] = {
+            "activation": "swiglu",
+            "mlp_dim": 11008,
+            "norm": "rms",
+            "num_heads": 32,
+            "head_dim": 128,
+        }
         assert count(4096, 1280, **idefics) == 179_314_690
 
 
@@ -682,8 +694,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Flamingo(vision, decoder, connector=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
         Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, context_dim=20))
-    with pytest.raises(ValueError, match=r"cross_layer_interval=4.*3 blocks \(0 to 2\)"):
-        Flamingo(vision, decoder, cross_layer_interval=4)
+    with pytest.raises(ValueError, match=r"cross_attn_every_n_layers=4.*3 blocks \(0 to 2\)"):
+        Flamingo(vision, decoder, cross_attn_every_n_layers=4)
     for layers in ([], [0, 3], [1, 0], [1, 1], [-1]):
         with pytest.raises(ValueError, match=r"cross_layers=.*3 blocks \(0 to 2\)"):
             Flamingo(vision, decoder, cross_layers=layers)
@@ -739,7 +751,7 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
 
     documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
     data = InterleavedData(
-        documents, transform=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4
+        documents, transform=ImageTransform(16), vocab_size=300, batch_size=2, row_len=120, max_images=4
     )
     data.setup("fit")
     given = next(iter(data.train_dataloader()))

@@ -27,8 +27,8 @@ VOCAB, IMAGE = 53, 50
 def llava(**options: Any) -> Llava:
     torch.manual_seed(3)
     vision = ViT((16, 24), 4, 20, 3, 4, num_registers=1)
-    connector = options.pop("connector", None) or MLPProjector(20, 24, pre_norm=False)
-    model = Llava(vision, connector, TextDecoder(VOCAB, 24, 2, 4, max_len=97), IMAGE, **options)
+    projector = options.pop("projector", None) or MLPProjector(20, 24, pre_norm=False)
+    model = Llava(vision, projector, TextDecoder(VOCAB, 24, 2, 4, max_len=97), IMAGE, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -36,7 +36,7 @@ def llava(**options: Any) -> Llava:
 
 
 def squares(**options: Any) -> Llava:
-    return llava(connector=LinearProjector(20, 24, pixel_shuffle=2, bias=False), vision_feature_layers=None, **options)
+    return llava(projector=LinearProjector(20, 24, pixel_shuffle=2, bias=False), vision_feature_layers=None, **options)
 
 
 def batch(count: int, rows: int = 4, q: int = 7) -> CaptionBatch:
@@ -55,7 +55,7 @@ def test_by_definition() -> None:
     assert given.pixels is not None
     for row in range(4):
         tokens = model.vision.tokens_after(given.pixels[row // 2], [1])[0][0, 2:]
-        image = model.connector.fc2(F.gelu(model.connector.fc1(tokens)))  # type: ignore[union-attr]
+        image = model.projector.fc2(F.gelu(model.projector.fc1(tokens)))  # type: ignore[union-attr]
         words = model.decoder.embed_tokens(given.tokens[row])
         x = torch.cat((words[:1], image, words[25:]))[None]
         positions = torch.arange(31)
@@ -71,7 +71,7 @@ def test_squares_of_patches_by_definition() -> None:
     merged = [
         torch.cat([grid[2 * y + a, 2 * x + b] for a in range(2) for b in range(2)]) for y in range(2) for x in range(3)
     ]
-    want = torch.stack(merged) @ model.connector.fc.weight.T  # type: ignore[union-attr]
+    want = torch.stack(merged) @ model.projector.fc.weight.T  # type: ignore[union-attr]
     torch.testing.assert_close(model.image_embeds(given)[1], want, atol=1e-5, rtol=1e-5)
 
 

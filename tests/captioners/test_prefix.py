@@ -71,7 +71,7 @@ def row(given: CaptionBatch, n: int) -> CaptionBatch:
 def test_prefix_by_definition() -> None:
     model, given = prefix(), batch()
     assert given.pixels is not None
-    norm, first, second = model.connector.norm, model.connector.fc1, model.connector.fc2
+    norm, first, second = model.projector.norm, model.projector.fc1, model.projector.fc2
     for n in range(6):
         grid = model.vision.forward_features(given.pixels[n // 2])[0, 2:].reshape(4, 6, 20)
         squares = [
@@ -206,7 +206,7 @@ def test_frozen_parts_learn_nothing() -> None:
     assert not model.vision.training
     assert not model.decoder.training
     caption_loss(model, batch(), reduction="sum").sum.backward()
-    assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"connector"}
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"projector"}
 
 
 def test_what_takes_part_in_cocas_contrast() -> None:

@@ -162,7 +162,7 @@ def padded(given: CaptionBatch, counts: tuple[int, ...]) -> CaptionBatch:
 
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "cross layer interval 2": {"cross_layer_interval": 2},
+    "cross attention every 2 layers": {"cross_attn_every_n_layers": 2},
     "llama": {
         "attention": AttentionConfig(num_kv_heads=2, bias=False),
         "mlp": MLPConfig("swiglu", bias=False),
@@ -327,7 +327,7 @@ def test_cross_attention_added_to_a_frozen_language_model() -> None:
         mlp=MLPConfig("swiglu", bias=False),
         attention=AttentionConfig(bias=False),
     ).eval()
-    reads = add_cross_attention(language, 20, cross_layer_interval=2)
+    reads = add_cross_attention(language, 20, cross_attn_every_n_layers=2)
     given, model = batch(), VisionEncoderDecoder(ViT((16, 24), 8, 20, 1, 4), reads, freeze_decoder=True).train()
     torch.testing.assert_close(model.eval().logits(given), language.head(language(given.tokens)))
     trained = {n for n, p in model.decoder.named_parameters() if p.requires_grad}

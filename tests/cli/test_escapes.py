@@ -85,7 +85,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         (BAD,),
         ("check", FILE),
         ("evaluate", "--model", FILE, "--data", FILE),
-        ("search", FILE, "--model", FILE, "--index", FILE),
+        ("search", FILE, "--model", FILE, "--images", FILE),
         ("draw", "a", "--model", FILE),
         ("translate", "a", "--language", "ko", "--model", FILE),
         ("classify", FILE, "--model", FILE),

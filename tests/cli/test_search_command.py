@@ -53,7 +53,7 @@ def test_a_stopped_index_is_kept_and_that_is_said(
     ask = (
         "search",
         "red",
-        "--index",
+        "--images",
         "photos/",
         "--model",
         model,
@@ -82,7 +82,7 @@ def test_a_stopped_index_is_kept_and_that_is_said(
 
 def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(photos.rglob("*"))
-    ask = ("search", "빨간 별", "--index", "photos/", "--model", model)
+    ask = ("search", "빨간 별", "--images", "photos/", "--model", model)
     code, out, err = mmt(capsys, *ask, "--top-k", "4")
     assert code == 1, "a picture could not be used"
     assert len(out.splitlines()) == 4
@@ -114,7 +114,7 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
 
 def test_pictures_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "cut.png").unlink()
-    ask = ("search", "--index", "photos", "--model", model)
+    ask = ("search", "--images", "photos", "--model", model)
     code, out, _ = mmt(
         capsys, *ask, "--like", "photos/red.png", "--like", "photos/서울/green.png", "a star", "--not", "별"
     )
@@ -127,7 +127,7 @@ def test_pictures_find_pictures(model: str, photos: Path, capsys: pytest.Capture
 
 def test_duplicates(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy("photos/red.png", "photos/서울/다시.png")
-    ask = ("search", "--index", "photos", "--model", model, "--duplicates")
+    ask = ("search", "--images", "photos", "--model", model, "--duplicates")
     _, out, err = mmt(capsys, *ask, "--threshold", "1")
     assert out == "1.000  photos/red.png\n1.000  photos/서울/다시.png  (same bytes)\n"
     assert err.splitlines()[-1] == "1 group of 2 pictures that are alike"
@@ -154,7 +154,7 @@ def test_the_threshold_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_answer_in_pictures(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ask = ("search", "빨간 별", "--index", "photos", "--model", model, "--like", "photos/red.png")
+    ask = ("search", "빨간 별", "--images", "photos", "--model", model, "--like", "photos/red.png")
     Path("pages").mkdir()
     _, _, err = mmt(capsys, *ask, "--not", "star", "--out", "pages/page.html")
     assert err.splitlines()[-1] == "pages/page.html: the answer in pictures"
@@ -170,23 +170,23 @@ def test_the_answer_in_pictures(model: str, photos: Path, capsys: pytest.Capture
 
 def test_an_index_in_a_file(model: str, photos: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = mmt(
-        capsys, "search", "red", "--index", "photos", "--model", model, "--index-file", "kept/my.safetensors"
+        capsys, "search", "red", "--images", "photos", "--model", model, "--index-file", "kept/my.safetensors"
     )
     assert (code, err.splitlines()[-1]) == (1, "6 pictures (6 new, 1 could not be used); index: kept/my.safetensors")
     assert not list(Path("cache").rglob("*.safetensors"))
-    _, first, _ = mmt(capsys, "search", "red", "--index", "kept/my.safetensors", "--model", model)
+    _, first, _ = mmt(capsys, "search", "red", "--index-file", "kept/my.safetensors", "--model", model)
     assert len(first.splitlines()) == 6
     other = save_model(tmp_path / "other", 1)
-    for ask in (("--index", "kept/my.safetensors"), ("--index", "photos", "--index-file", "kept/my.safetensors")):
+    for ask in (("--index-file", "kept/my.safetensors"), ("--images", "photos", "--index-file", "kept/my.safetensors")):
         code, _, err = mmt(capsys, "search", "red", *ask, "--model", other)
         assert code == 2
         assert "kept/my.safetensors: made by another model" in err
         assert "delete this one, and it is made anew" in err
         assert len(err.splitlines()) == 1
-    assert mmt(capsys, "search", "red", "--index", "photos", "--model", other)[0] == 1, "in the cache each has its own"
+    assert mmt(capsys, "search", "red", "--images", "photos", "--model", other)[0] == 1, "in the cache each has its own"
     whole = Path("kept/my.safetensors").read_bytes()
     Path("kept/my.safetensors").write_bytes(whole[:-7])
-    code, _, err = mmt(capsys, "search", "red", "--index", "kept/my.safetensors", "--model", model)
+    code, _, err = mmt(capsys, "search", "red", "--index-file", "kept/my.safetensors", "--model", model)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "kept/my.safetensors: cut short" in err
 
@@ -197,7 +197,7 @@ def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pyt
     captioner = VisionEncoderDecoder(ViT(16, 8, 8, 1, 2), TextDecoder(300, 8, 1, 2, max_len=16, context_dim=8))
     tokenizer = Tokenizer.train(["a red star"] * 3, 300, ["en"])
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "captioner")
-    code, _, err = mmt(capsys, "search", "red", "--index", "photos", "--model", str(tmp_path / "captioner"))
+    code, _, err = mmt(capsys, "search", "red", "--images", "photos", "--model", str(tmp_path / "captioner"))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "VisionEncoderDecoder" in err
 
@@ -221,18 +221,17 @@ def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pyt
         (("red", "--index-file", "folder.safetensors"), "--index-file folder.safetensors is a folder"),
         (("--like", "missing.png"), "missing.png: cannot be read (No such file or directory)"),
         (("--like", "photos/cut.png"), "photos/cut.png: damaged PNG"),
-        (("red", "--index", "empty"), "empty: no pictures there"),
-        (("red", "--index", "missing"), "missing: cannot be read (No such file or directory)"),
-        (("red", "--index", "*.gif"), "no file fits this pattern"),
-        (("red", "--index", "photos/cut.png"), "photos/cut.png: damaged PNG"),
-        (("red", "--index", "missing.safetensors"), "missing.safetensors: no such index; --index FOLDER --index-file"),
-        (("red", "--index", "folder.safetensors"), "is a folder, and an index is one file"),
-        (("red", "--index", "text.safetensors"), "text.safetensors: cut short, or no safetensors file"),
-        (("red", "--index", "a.safetensors", "--index", "photos"), "an index that knows its pictures: leave out other"),
-        (("red", "--index", "a.safetensors", "--index-file", "b.safetensors"), "leave out --index-file"),
-        (("red", "--index", "photos", "--no-update"), "--no-update: there is no index of photos by this model yet"),
-        (("red", "--index", "photos", "--device", "warp"), "device warp is unknown to torch"),
-        (("red", "--index", "photos", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
+        (("red", "--images", "empty"), "empty: no pictures there"),
+        (("red", "--images", "missing"), "missing: cannot be read (No such file or directory)"),
+        (("red", "--images", "*.gif"), "no file fits this pattern"),
+        (("red", "--images", "photos/cut.png"), "photos/cut.png: damaged PNG"),
+        (("red", "--index-file", "missing.safetensors"), "missing.safetensors: no such index; add --images FOLDER"),
+        (("red", "--index-file", "text.safetensors"), "text.safetensors: cut short, or no safetensors file"),
+        (("red", "--images", "a.safetensors"), "--images a.safetensors is an index, which knows its pictures: give it"),
+        (("red", "--index", "photos"), 'did you mean "--images"?'),
+        (("red", "--images", "photos", "--no-update"), "--no-update: there is no index of photos by this model yet"),
+        (("red", "--images", "photos", "--device", "warp"), "device warp is unknown to torch"),
+        (("red", "--images", "photos", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -241,21 +240,27 @@ def test_what_cannot_be_is_said_in_one_line(
     for folder in ("empty", "folder.html", "folder.safetensors"):
         Path(folder).mkdir()
     Path("text.safetensors").write_text("no index")
-    index = () if "--index" in words else ("--index", "photos")
-    code, out, err = mmt(capsys, "search", *index, *(() if "--model" in words else ("--model", model)), *words)
+    images = () if {"--images", "--index-file"} & {*words} else ("--images", "photos")
+    code, out, err = mmt(capsys, "search", *images, *(() if "--model" in words else ("--model", model)), *words)
     assert (code, out) == (2, ""), err
     assert said in err
     assert len([line for line in err.splitlines() if line.startswith("mmt search: error: ")]) == 1
     assert not Path("cache/mmtransformer/search").exists() or not list(Path("cache/mmtransformer/search").iterdir())
 
 
+def test_a_search_without_a_place_is_refused(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = mmt(capsys, "search", "red", "--model", model)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "say where to look: --images PLACE, or --index-file FILE" in err
+
+
 def test_what_is_wrong_is_said_once(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for places in (("photos/cut.png",), ("photos/cut.png", "photos/cut.png")):
-        index = [word for place in places for word in ("--index", place)]
-        code, out, err = mmt(capsys, "search", "red", *index, "--model", model)
+        images = [word for place in places for word in ("--images", place)]
+        code, out, err = mmt(capsys, "search", "red", *images, "--model", model)
         assert (code, out) == (2, "")
         assert err.count("cut.png") == 1, err
         assert err.splitlines()[-1] == "mmt search: error: not one of 1 picture can be used"
-    code, _, err = mmt(capsys, "search", "--like", "photos/cut.png", "--index", "photos", "--model", model)
+    code, _, err = mmt(capsys, "search", "--like", "photos/cut.png", "--images", "photos", "--model", model)
     assert code == 2
     assert err.count("cut.png") == 1, err

@@ -1,5 +1,7 @@
 """A connector of one's own, where the library's stand: learnt, decoded with, drawn; refused where it does not fit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from mmtransformer import (
     Connector,
     Flamingo,
     LinearConnector,
+    Llava,
+    MLPProjector,
     PerceiverResampler,
     TextDecoder,
     TransformerConnector,
@@ -35,14 +39,18 @@ class HalfOfThem(Connector):
         return self.proj(visual_tokens[:, :, ::2])
 
 
-def encoder_decoder(visual_dim: int = 20, dim: int = 28) -> VisionEncoderDecoder:
+def encoder_decoder(visual_dim: int = 20, dim: int = 28, connector: Any = None) -> VisionEncoderDecoder:
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, context_dim=28)
-    return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, connector=HalfOfThem(visual_dim, dim))
+    return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, connector=connector or HalfOfThem(visual_dim, dim))
 
 
-def flamingo(visual_dim: int = 20, dim: int = 28) -> Flamingo:
+def flamingo(visual_dim: int = 20, dim: int = 28, connector: Any = None) -> Flamingo:
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31)
-    return Flamingo(ViT(24, 8, 20, 1, 4), decoder, connector=HalfOfThem(visual_dim, dim))
+    return Flamingo(ViT(24, 8, 20, 1, 4), decoder, connector=connector or HalfOfThem(visual_dim, dim))
+
+
+def llava(projector: Any) -> Llava:
+    return Llava(ViT(24, 8, 20, 1, 4), projector, TextDecoder(VOCAB, 28, 2, 4, max_len=31), 0)
 
 
 def batch() -> CaptionBatch:
@@ -83,6 +91,9 @@ def test_its_attention_map_knows_the_picture_only() -> None:
         (lambda: encoder_decoder(dim=27), r"context_dim \(28\) must be the connector's dim \(27\)"),
         (lambda: flamingo(visual_dim=19), r"visual_dim \(19\) must be the vision encoder's dim \(20\)"),
         (lambda: to_openflamingo(flamingo()), "has a HalfOfThem"),
+        (lambda: flamingo(connector=MLPProjector(20, 28)), "must be a Connector.*, not a MLPProjector"),
+        (lambda: encoder_decoder(connector=MLPProjector(20, 28)), "must be a Connector.*, not a MLPProjector"),
+        (lambda: llava(LinearConnector(20, 28)), "must be an MLPProjector or a LinearProjector, not a LinearConnector"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message: str) -> None:

@@ -225,7 +225,7 @@ def test_documents_of_one_source_share_rows_with_each_other_only() -> None:
     assert split.name(123) == "small/p0.jpg#0"
     assert split.image_name(123, 0) == "small/p0.jpg"
     assert split.image(123, 0).tobytes() == FakePairs(7, seed=2).image(0).tobytes()
-    rows = DocumentRows(split, tokenizer(), max_len=71, parts=split.parts)
+    rows = DocumentRows(split, tokenizer(), row_len=71, parts=split.parts)
     part = [{split.find(piece.document)[0] for piece in rows.row(i)} for i in range(len(rows))]
     assert part == [{"big"}] * rows.parts[0] + [{"small"}] * rows.parts[1]
     assert max(len(rows.row(i)) for i in range(len(rows))) > 1
@@ -237,7 +237,7 @@ def test_weights_are_of_rows() -> None:
         transform=TRANSFORM,
         tokenizer=tokenizer(),
         batch_size=4,
-        max_len=71,
+        row_len=71,
     )
     for epoch in range(2):
         loader = data.train_dataloader()

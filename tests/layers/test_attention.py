@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmtransformer.layers import kernels, masks
 from mmtransformer.layers.attention import Attention, attend
 from mmtransformer.layers.cache import KeyValue, KVCache
-from mmtransformer.layers.positions import Rotary
+from mmtransformer.layers.positions import RotaryEmbedding
 from mmtransformer.layers.record import attention_weights
 
 
@@ -160,7 +160,7 @@ def test_a_projected_context_is_the_context() -> None:
     want = alone.out_proj(((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
     for given in (None, alone.project_kv(x)):
         torch.testing.assert_close(alone(x, given), want, atol=1e-6, rtol=1e-5)
-    angles = Rotary(4)(torch.arange(5))  # Queries and keys are turned, values are not.
+    angles = RotaryEmbedding(4)(torch.arange(5))  # Queries and keys are turned, values are not.
     turned = (angles.rotate(q) @ angles.rotate(k).transpose(2, 3) / 2).softmax(-1) @ v
     want = alone.out_proj(turned.transpose(1, 2).flatten(2))
     torch.testing.assert_close(alone(x, rope=angles), want, atol=1e-6, rtol=1e-5)
@@ -169,7 +169,7 @@ def test_a_projected_context_is_the_context() -> None:
 @pytest.mark.parametrize("rotary", [False, True])
 def test_cached_equals_uncached(rotary: bool) -> None:
     torch.manual_seed(0)
-    layer, rope = Attention(24, 6, num_kv_heads=2), Rotary(4)
+    layer, rope = Attention(24, 6, num_kv_heads=2), RotaryEmbedding(4)
     x = torch.randn(3, 7, 24)
     full = layer(x, mask="causal", rope=rope(torch.arange(7)) if rotary else None)
     cache, parts = KVCache(11), []

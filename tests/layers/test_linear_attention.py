@@ -12,7 +12,7 @@ from mmtransformer.layers import masks
 from mmtransformer.layers.attention import attend
 from mmtransformer.layers.blocks import MLP, EncoderBlock
 from mmtransformer.layers.linear_attention import LinearAttention, linear_attend, positive_features, random_directions
-from mmtransformer.layers.positions import Rotary
+from mmtransformer.layers.positions import RotaryEmbedding
 
 ROWS, HEADS, LENGTH, WIDTH = 2, 3, 131, 7  # the length is two chunks and three tokens
 
@@ -143,7 +143,7 @@ def test_the_module_comes_close_to_the_attention_that_it_wraps(causal: bool, kv_
     assert isinstance(attn.q_norm, torch.nn.RMSNorm)
     attn.q_norm.weight.fill_(0.5)
     linear, x = LinearAttention(attn, num_features=20_000), torch.randn(3, 11, 24)
-    rope = Rotary(6)(torch.arange(11))
+    rope = RotaryEmbedding(6)(torch.arange(11))
     mask: Any = "causal" if causal else torch.arange(11) < torch.tensor([11, 7, 3])[:, None, None]
     want = attn(x, mask=mask, rope=rope)
     found = linear(x, mask=mask, rope=rope)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from mmtransformer import PositionConfig, TextDecoder
-from mmtransformer.layers.positions import Rotary, document_positions, resize_positions, sinusoidal, sinusoidal_2d
+from mmtransformer.layers.positions import (
+    RotaryEmbedding,
+    document_positions,
+    resize_positions,
+    sinusoidal,
+    sinusoidal_2d,
+)
 
 
 def test_sinusoidal_is_the_formula() -> None:
@@ -42,7 +48,7 @@ def test_resizing_equals_timm(new: tuple[int, int]) -> None:
 
 def test_rotary_depends_on_the_distance_only() -> None:
     torch.manual_seed(0)
-    rotary = Rotary(10)
+    rotary = RotaryEmbedding(10)
     q, k = torch.randn(1, 1, 1, 10), torch.randn(1, 1, 1, 10)
     at = lambda x, place: rotary(torch.tensor([place])).rotate(x)  # noqa: E731
     near = (at(q, 7) * at(k, 3)).sum()
@@ -56,7 +62,7 @@ def test_rotary_is_a_complex_product() -> None:
     x, places = torch.randn(2, 3, 5, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 7, 90])
     angles = places[:, None] * 10_000.0 ** (-torch.arange(5) / 5)
     turned = torch.complex(x[..., :5], x[..., 5:]) * torch.polar(torch.ones_like(angles), angles)
-    torch.testing.assert_close(Rotary(10)(places).rotate(x), torch.cat((turned.real, turned.imag), -1))
+    torch.testing.assert_close(RotaryEmbedding(10)(places).rotate(x), torch.cat((turned.real, turned.imag), -1))
 
 
 @pytest.mark.parametrize(
@@ -85,16 +91,16 @@ def test_rotary_equals_transformers(scaling: dict | None) -> None:
     config = LlamaConfig(hidden_size=48, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters)
     places = torch.tensor([[0, 1, 5, 200], [3, 2, 9, 11]])
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
-    ours = Rotary(12, theta=500.0, scaling=scaling)(places)
+    ours = RotaryEmbedding(12, theta=500.0, scaling=scaling)(places)
     torch.testing.assert_close(ours.cos, cos, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.sin, sin, atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match='"yarn"'):
-        Rotary(8, scaling={"rope_type": "yarn", "factor": 2})
+        RotaryEmbedding(8, scaling={"rope_type": "yarn", "factor": 2})
     with pytest.raises(ValueError, match=r"head_dim \(7\)"):
-        Rotary(7)
+        RotaryEmbedding(7)
 
 
 def test_document_positions_restart_with_every_document() -> None:
@@ -109,7 +115,7 @@ LONGROPE = {
 
 
 def test_longrope_takes_the_long_rates_from_the_first_token_behind_the_trained_length() -> None:
-    rotary = Rotary(6, scaling=LONGROPE)
+    rotary = RotaryEmbedding(6, scaling=LONGROPE)
     gain = math.sqrt(1 + math.log(4) / math.log(16))
     for length, factors in ((15, "short_factor"), (16, "short_factor"), (17, "long_factor"), (18, "long_factor")):
         rates = 1 / (torch.tensor(LONGROPE[factors]) * 10_000.0 ** (torch.arange(3) / 3))
@@ -118,7 +124,7 @@ def test_longrope_takes_the_long_rates_from_the_first_token_behind_the_trained_l
 
 
 def test_longrope_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    rotary = Rotary(6, scaling=LONGROPE)
+    rotary = RotaryEmbedding(6, scaling=LONGROPE)
     short, long = torch.arange(12).expand(1, -1), torch.arange(8, 20).expand(1, -1)
     both = rotary(torch.cat((short, long)))
     for row, alone in ((0, rotary(short)), (1, rotary(long))):

@@ -124,7 +124,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
-        mlp_dim=31, context_dim=19, cross_layer_interval=2,
+        mlp_dim=31, context_dim=19, cross_attn_every_n_layers=2,
         attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"), mlp=MLPConfig("swiglu", bias=False),
         norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1, logit_softcap=4.0,
         positions=PositionConfig("rotary", 5e3, {"rope_type": "linear", "factor": 2.0}),
@@ -150,7 +150,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
     "Flamingo": lambda: Flamingo(
-        ViT(**VISION), decoder(), connector=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
+        ViT(**VISION), decoder(), connector=PerceiverResampler(20, 1, 3, 10, 5), cross_attn_every_n_layers=2,
         gated=GatedBlockConfig(
             3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
         visible_images="all_previous", keep_prefix_tokens=False, freeze_vision=False,

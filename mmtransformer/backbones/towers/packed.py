@@ -17,7 +17,7 @@ from torch import Tensor
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
 from mmtransformer.layers.masks import Mask, Segments, block, documents
-from mmtransformer.layers.positions import Rope, resize_positions
+from mmtransformer.layers.positions import RotaryAngles, resize_positions
 
 
 @dataclass
@@ -117,7 +117,7 @@ def _check(vit: ViT) -> None:
         )
 
 
-def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[Rope | None]]:
+def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[RotaryAngles | None]]:
     """What the first block reads, (1 s d), and each block's angles."""
     patches, prefix = images.patches.to(vit.dtype), vit.num_prefix_tokens
     wide = vit.patches.in_channels * vit.patch_size**2
@@ -134,7 +134,7 @@ def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[Rope | None]]:
         first = vit.prefix_tokens[0].to(x.dtype)
         parts = x.split(images.lengths)
         x = torch.cat([tokens for part in parts for tokens in (first, part)])
-    ropes: list[Rope | None] = [None] * vit.depth
+    ropes: list[RotaryAngles | None] = [None] * vit.depth
     if vit.rotary is not None:
         angles = {grid: vit.rotary(grid, prefix, x.device) for grid in dict.fromkeys(images.grids)}
         each = zip(*(angles[grid] for grid in images.grids), strict=True)  # of every block, each picture's
@@ -142,8 +142,8 @@ def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[Rope | None]]:
     return vit.first_norm(x[None]), ropes
 
 
-def _joined(ropes: Sequence[Rope]) -> Rope:
-    return Rope(*(torch.cat(x, dim=-2) for x in zip(*ropes, strict=True)))
+def _joined(ropes: Sequence[RotaryAngles]) -> RotaryAngles:
+    return RotaryAngles(*(torch.cat(x, dim=-2) for x in zip(*ropes, strict=True)))
 
 
 def _mask(lengths: tuple[int, ...], device: torch.device) -> Mask:

@@ -55,7 +55,7 @@ class PaliGemma(Captioner):
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.image_token_id, self.freeze_decoder = image_token_id, freeze_decoder
-        self.connector = LinearProjector(vision.dim, decoder.dim)
+        self.projector = LinearProjector(vision.dim, decoder.dim)
 
     @property
     def max_len(self) -> int:
@@ -64,7 +64,7 @@ class PaliGemma(Captioner):
 
     def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
         """What stands before the text: the patches of an image, projected, (b i p e)."""
-        return self.connector(self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :], self.grid(batch))
+        return self.projector(self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :], self.grid(batch))
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q e) of right-padded rows, whose prompts end where the first token is predicted."""

@@ -12,10 +12,11 @@ OTHER_NAMES = {
     "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
     "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
     "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
-    "image": "transform", "cross_attn_every_n_layers": "cross_layer_interval",
+    "image": "transform", "cross_layer_interval": "cross_attn_every_n_layers",
     "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
     "ema": "ema_decay", "language": "default_language", "cross_dim": "context_dim", "visual_dim": "context_dim",
     "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
+    "--index": "--images",
 }  # fmt: skip
 """What settings are called elsewhere -> here."""
 

@@ -48,7 +48,7 @@ class DocumentRows:
     Args:
         documents: The split.
         tokenizer: Turns texts into ids; it must have an image token.
-        max_len: The most tokens of a row.
+        row_len: The most tokens of a row.
         max_images: The most pictures of a row.
         pack: Whether short documents share a row.
         seed: Which documents share one.
@@ -61,7 +61,7 @@ class DocumentRows:
         silent: Documents without any text after a picture; they teach nothing and are left out.
 
     Raises:
-        ValueError: If the tokenizer has no image token, a language has no tag, `max_len` leaves no room, or no
+        ValueError: If the tokenizer has no image token, a language has no tag, `row_len` leaves no room, or no
             document has a text after a picture.
     """
 
@@ -70,18 +70,18 @@ class DocumentRows:
         documents: Documents,
         tokenizer: Tokenizer,
         *,
-        max_len: int = 256,
+        row_len: int = 256,
         max_images: int = 6,
         pack: bool = True,
         seed: int = 0,
         parts: Sequence[int] | None = None,
     ):
         self.image_token_id = image_token(tokenizer)
-        if max_len < 5:
-            raise ValueError(f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos")
+        if row_len < 5:
+            raise ValueError(f"row_len ({row_len}) must be at least 5 tokens: bos, language, image, text, eos")
         if max_images < 1:
             raise ValueError(f"max_images ({max_images}) must be at least 1")
-        self.tokenizer, self.max_len, self.max_images = tokenizer, max_len, max_images
+        self.tokenizer, self.row_len, self.max_images = tokenizer, row_len, max_images
         self.divided = self.cut = self.unread = self.silent = 0
         self.longest = 0
         self.languages: tuple[str | None, ...] = ()
@@ -112,7 +112,7 @@ class DocumentRows:
         for part in range(len(ends)):
             mine = np.flatnonzero(np.array(part_of) == part)
             some = (
-                _pack(lengths, self._about[:, 2], mine, max_len, max_images, seed)
+                _pack(lengths, self._about[:, 2], mine, row_len, max_images, seed)
                 if pack
                 else [[int(piece)] for piece in mine]
             )
@@ -141,7 +141,7 @@ class DocumentRows:
 
     def fill(self) -> float:
         """The share of the rows' token places that is filled."""
-        return float(self.lengths.sum()) / (len(self) * self.max_len)
+        return float(self.lengths.sum()) / (len(self) * self.row_len)
 
     def _pieces(self, document: Document) -> Iterator[tuple[int, int, list[int]]]:
         """(first picture, pictures, ids) of each part of a document."""
@@ -154,7 +154,7 @@ class DocumentRows:
         if len(texts) < 2:
             self.silent += 1
             return
-        room = self.max_len - len(head)
+        room = self.row_len - len(head)
         chunks = [self._chunk(ids, room) for ids in texts[1:]]
         self.longest = max(self.longest, len(head) + len(texts[0]) + sum(map(len, chunks)))
         lead = texts[0]
@@ -163,7 +163,7 @@ class DocumentRows:
             lead = self._last_words(lead, least)
         ids, first, parts = head + lead, 0, 0
         for k, chunk in enumerate(chunks):
-            if k > first and (len(ids) + len(chunk) > self.max_len or k - first == self.max_images):
+            if k > first and (len(ids) + len(chunk) > self.row_len or k - first == self.max_images):
                 parts += 1
                 yield from self._part(ids, first, k)
                 ids, first = list(head), k
@@ -198,7 +198,7 @@ class DocumentRows:
 
 
 def _pack(
-    lengths: np.ndarray, images: np.ndarray, mine: np.ndarray, max_len: int, max_images: int, seed: int
+    lengths: np.ndarray, images: np.ndarray, mine: np.ndarray, row_len: int, max_images: int, seed: int
 ) -> list[list[int]]:
     """Puts pieces into rows: the longest first, each into the fullest row that still has room for it.
 
@@ -216,12 +216,12 @@ def _pack(
             left = space[: len(opened)]
             fits = (left >= lengths[piece]) & (frames[: len(opened)] >= images[piece])
             if fits.any():
-                at = int(np.where(fits, left, max_len + 1).argmin())
+                at = int(np.where(fits, left, row_len + 1).argmin())
                 opened[at].append(piece)
             else:
                 at = len(opened)
                 opened.append([piece])
-                space[at], frames[at] = max_len, max_images
+                space[at], frames[at] = row_len, max_images
             space[at] -= lengths[piece]
             frames[at] -= images[piece]
         rows += opened

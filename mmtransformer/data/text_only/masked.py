@@ -75,8 +75,8 @@ class MaskedTextData(DataModule):
             self.tokenizer,
             mlm_probability=self.mlm_probability,
             whole_word_mask=self.whole_word_mask,
-            hidden=hidden,
-            changed=changed,
+            mask_replace_prob=hidden,
+            random_replace_prob=changed,
         )
 
     @once_a_split

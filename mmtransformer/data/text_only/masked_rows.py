@@ -34,7 +34,7 @@ class MaskedBatch(Batch):
         words: (b q) long, number of each token's word in its row; below 0 = special tokens and padding.
         types: (b q) long, 0 = first text, 1 = second.
         attention_mask: (b q) bool, True = a real token.
-        other: (b) long, 0 = both texts are of one group, 1 = they are not, -1 = there is no second text.
+        next_sentence_label: (b) long, 0 = both texts are of one group, 1 = they are not, -1 = there is no second text.
         names: the rows' names.
     """
 
@@ -44,7 +44,7 @@ class MaskedBatch(Batch):
     words: Tensor
     types: Tensor
     attention_mask: Tensor
-    other: Tensor
+    next_sentence_label: Tensor
     names: tuple[str, ...] = ()
 
 
@@ -137,7 +137,7 @@ class MaskedSample(NamedTuple):
         ids: (q,) with bos and eos.
         words: (q,) numbers of words, -1 = bos and eos.
         second: Where the second text begins; q if there is none.
-        other: Whether that is of another group: 0, 1, or -1 if there is none.
+        next_sentence_label: Whether that is of another group: 0, 1, or -1 if there is none.
         keys: (3,) seed, epoch, index: what the hidden words depend on.
         is_real: Whether the row counts.
     """
@@ -145,7 +145,7 @@ class MaskedSample(NamedTuple):
     ids: np.ndarray
     words: np.ndarray
     second: int
-    other: int
+    next_sentence_label: int
     keys: tuple[int, int, int]
     is_real: bool
 
@@ -218,7 +218,7 @@ class MaskedCollate:
         tokens, loss_mask = self.masking.hide(labels, words, keys)
         is_real = np.array([sample.is_real for sample in samples])
         second = np.array([sample.second for sample in samples])
-        other = np.where(is_real, np.array([sample.other for sample in samples]), -1)
+        other = np.where(is_real, np.array([sample.next_sentence_label for sample in samples]), -1)
         found = {
             "tokens": tokens,
             "labels": labels,
@@ -226,7 +226,7 @@ class MaskedCollate:
             "words": words,
             "types": (attention_mask & (place >= second[:, None])).astype(np.int64),
             "attention_mask": attention_mask,
-            "other": other,
+            "next_sentence_label": other,
         }
         names = tuple(f"{self.name} {sample.keys[2]}" for sample in samples if sample.is_real)
         return MaskedBatch(**{key: torch.from_numpy(array) for key, array in found.items()}, names=names)

@@ -29,8 +29,9 @@ class Masking:
         tokenizer: It must have a mask token, see `with_mask`.
         mlm_probability: Share of a row's tokens that are to be filled in; one at least.
         whole_word_mask: Hide words with all of their tokens; else single tokens.
-        hidden: Share of these that the mask token stands for.
-        changed: Share of these that another token stands for; the rest stay as they are, but are asked for too.
+        mask_replace_prob: Share of these that the mask token stands for.
+        random_replace_prob: Share of these that another token stands for; the rest stay as they are, but are asked
+            for too.
 
     Raises:
         ValueError: If a share is out of range, or there is no mask token.
@@ -42,13 +43,16 @@ class Masking:
         *,
         mlm_probability: float = 0.15,
         whole_word_mask: bool = True,
-        hidden: float = 0.8,
-        changed: float = 0.1,
+        mask_replace_prob: float = 0.8,
+        random_replace_prob: float = 0.1,
     ) -> None:
         if not 0 < mlm_probability < 1:
             raise ValueError(f"mlm_probability ({mlm_probability}) must be above 0 and below 1")
-        if min(hidden, changed) < 0 or hidden + changed > 1:
-            raise ValueError(f"hidden ({hidden}) and changed ({changed}) must not be below 0, nor 1 together")
+        if min(mask_replace_prob, random_replace_prob) < 0 or mask_replace_prob + random_replace_prob > 1:
+            raise ValueError(
+                f"mask_replace_prob ({mask_replace_prob}) and random_replace_prob ({random_replace_prob}) must not be "
+                f"below 0, nor above 1 together"
+            )
         found = (tokenizer.backend.token_to_id(mask) for mask in MASKS)
         mask_id = next((i for i in found if i is not None), None)
         if mask_id is None:
@@ -57,7 +61,7 @@ class Masking:
                 f"add one (Tokenizer.with_special_tokens)"
             )
         self.mask_id, self.mlm_probability, self.whole_word_mask = mask_id, mlm_probability, whole_word_mask
-        self.hidden, self.changed = hidden, changed
+        self.mask_replace_prob, self.random_replace_prob = mask_replace_prob, random_replace_prob
         spelt = tokenizer.token_bytes()
         self.ordinary = np.array([i for i, data in enumerate(spelt) if data])
         """The ids that text is made of: what a token may be changed into."""
@@ -106,5 +110,6 @@ class Masking:
             loss_mask[row] = np.isin(unit, chosen)
         draw = hash64(*asked, place, 12) / 2.0**64
         other = self.ordinary[(hash64(*asked, place, 13) % np.uint64(len(self.ordinary))).astype(np.int64)]
-        seen = np.where(draw < self.hidden, self.mask_id, np.where(draw < self.hidden + self.changed, other, tokens))
+        kept = draw >= self.mask_replace_prob + self.random_replace_prob
+        seen = np.where(draw < self.mask_replace_prob, self.mask_id, np.where(kept, tokens, other))
         return np.where(loss_mask, seen, tokens), loss_mask

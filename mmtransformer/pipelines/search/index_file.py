@@ -28,7 +28,7 @@ from mmtransformer.serialization.pretrained import weights_written_to
 from mmtransformer.serialization.untrusted import check_plain
 
 SUFFIX = ".safetensors"
-ANEW = "delete it, and it is made anew from its pictures (mmt search --index FOLDER --index-file FILE)"
+ANEW = "delete it, and it is made anew from its pictures (mmt search --images FOLDER --index-file FILE)"
 """What helps a file that cannot be read: it no longer says where its pictures lie."""
 _KIND, _VERSION = "mmtransformer image index", "1"
 _HASH = 16  # bytes

@@ -33,7 +33,10 @@ STEPS = ("training_step", "validation_step", "test_step", "compute_again")
 
 
 class Sharded(ModelParallelStrategy):
-    """Shares a task's weights out among all processes: `mmt fit ... --trainer.strategy sharded`."""
+    """Shares a task's weights out among all processes: `mmt fit ... --trainer.strategy fsdp`, with torch's FSDP2.
+
+    In a recipe "fsdp" is this, not Lightning's strategy of that name, which wraps modules in torch's first FSDP.
+    """
 
     def __init__(self) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -114,7 +117,7 @@ def number_format(precision: str | int) -> tuple[str | None, list[DoublePrecisio
         return None, [DoublePrecision()]
     if word in ("16", "16-mixed"):
         raise ValueError(
-            f"trainer.precision={word} does not go with trainer.strategy=sharded; take bf16-mixed, 32-true or 64-true"
+            f"trainer.precision={word} does not go with trainer.strategy=fsdp; take bf16-mixed, 32-true or 64-true"
         )
     return word, []
 
@@ -134,8 +137,7 @@ def shard(task: LightningModule, mesh: DeviceMesh) -> None:
     """
     if single := [name for name, weight in task.named_parameters() if not weight.ndim]:
         raise ValueError(
-            f"trainer.strategy=sharded cannot share out {single[0]}, which is a single number; take "
-            f"--trainer.strategy ddp"
+            f"trainer.strategy=fsdp cannot share out {single[0]}, which is a single number; take --trainer.strategy ddp"
         )
     for block in blocks(task):
         if not isinstance(block, QFormerBlock) and not any(

@@ -101,9 +101,9 @@ def score_masked(
         words.append(row * 10_000 + batch.words.numpy()[loss_mask])
         rows += len(loss_mask)
         if told is not None:
-            asked = batch.other >= 0
+            asked = batch.next_sentence_label >= 0
             known += int(asked.sum())
-            pairs += int((told.argmax(-1).cpu() == batch.other[asked]).sum())
+            pairs += int((told.argmax(-1).cpu() == batch.next_sentence_label[asked]).sum())
     _, word = np.unique(np.concatenate(words), return_inverse=True)
     found = {name: np.concatenate(parts) for name, parts in right.items()}
     whole = {name: _all_of(word, hits) for name, hits in found.items()}
@@ -135,7 +135,9 @@ def read_masked(encoder: TextEncoder, batch: MaskedBatch) -> tuple[Tensor, Tenso
     types = batch.types if encoder.num_types > 1 else None
     hidden = encoder(batch.tokens, types, attention_mask=batch.attention_mask)
     words = _at_least_float(encoder.mlm_logits(hidden[batch.loss_mask]))
-    return words, _at_least_float(encoder.nsp_logits(hidden[batch.other >= 0])) if encoder.nsp_head else None
+    return words, _at_least_float(
+        encoder.nsp_logits(hidden[batch.next_sentence_label >= 0])
+    ) if encoder.nsp_head else None
 
 
 def _at_least_float(logits: Tensor) -> Tensor:

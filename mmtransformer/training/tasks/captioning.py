@@ -100,12 +100,12 @@ class Captioning(Task):
                 or the data is interleaved and the model does not read where pictures stand.
         """
         data = self.data
-        if isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):
+        if interleaved := isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):
             check_reader(self.captioner, blind=True)
         if data is None:
             return
         self.generation = dataclasses.replace(self.generation, add_image_tokens=data.add_image_tokens)
-        check_texts(data, data.max_len, self.captioner, "decoder")
+        check_texts(data, data.max_len, self.captioner, "decoder", "row_len" if interleaved else "max_len")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
         if not isinstance(self.captioner, HubCaptioner):  # Its own processor makes its pixels.

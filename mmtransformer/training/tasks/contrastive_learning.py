@@ -152,7 +152,7 @@ class ContrastiveLearning(Task[CaptionData]):
         encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(table)}")
         shown = [
             "Find pictures by words:",
-            f'  {program()} search "WORDS" --index PICTURES/ --model {quote(str(run.folder / "model"))}',
+            f'  {program()} search "WORDS" --images PICTURES/ --model {quote(str(run.folder / "model"))}',
         ]
         self.conclude(run, metrics, table, shown=shown, files={"searches": "retrieval.png"})
 

@@ -15,7 +15,7 @@ class _Reader(Protocol):
     def max_len(self) -> int: ...
 
 
-def check_texts(data: DataModule, max_len: int, model: _Reader, part: str) -> None:
+def check_texts(data: DataModule, max_len: int, model: _Reader, part: str, key: str = "max_len") -> None:
     """Checks that a model knows all tokens of the data, and reads texts as long as its.
 
     Args:
@@ -23,6 +23,7 @@ def check_texts(data: DataModule, max_len: int, model: _Reader, part: str) -> No
         max_len: The most tokens of one of its texts.
         model: The model.
         part: What the part of the recipe's model is called that is too small: "decoder".
+        key: What the data calls `max_len`.
 
     Raises:
         ValueError: If the vocabulary or the texts are larger than the model.
@@ -35,7 +36,7 @@ def check_texts(data: DataModule, max_len: int, model: _Reader, part: str) -> No
         )
     if max_len > model.max_len:
         raise ValueError(
-            f"data.max_len ({max_len}) is more than the {model.max_len} tokens that the model reads; lower it, or "
+            f"data.{key} ({max_len}) is more than the {model.max_len} tokens that the model reads; lower it, or "
             f"raise the {part}'s max_len"
         )
 

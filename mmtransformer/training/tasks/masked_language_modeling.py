@@ -76,7 +76,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         words, pairs = self.losses(batch)
         total = words.sum()
         if self.encoder.nsp_head:  # without pairs too: DDP waits for the head's gradient
-            hidden = batch.loss_mask.sum(1)[batch.other >= 0]
+            hidden = batch.loss_mask.sum(1)[batch.next_sentence_label >= 0]
             total = total + self.nsp_weight * (pairs * hidden).sum()
         return SumAndCount(total, torch.tensor(words.numel(), device=total.device))
 
@@ -86,7 +86,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         words = F.cross_entropy(logits, batch.labels[batch.loss_mask], reduction="none")
         if told is None:
             return words, words.new_zeros(0)
-        return words, F.cross_entropy(told, batch.other[batch.other >= 0], reduction="none")
+        return words, F.cross_entropy(told, batch.next_sentence_label[batch.next_sentence_label >= 0], reduction="none")
 
     def validation_step(self, batch: MaskedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the losses."""

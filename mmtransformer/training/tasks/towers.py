@@ -5,7 +5,7 @@ from typing import Any
 from mmtransformer.images import ImageTransform
 from mmtransformer.weights.vision.load import tower_width
 
-_READERS = ("connector", "qformer")
+_READERS = ("connector", "projector", "qformer")
 """Parts beside a captioner's `vision` that read its tokens."""
 
 

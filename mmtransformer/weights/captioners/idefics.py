@@ -132,7 +132,7 @@ def idefics_from_state(
         gated=GatedBlockConfig(
             num_heads=config["num_attention_heads"],
             head_dim=config["hidden_size"] // config["num_attention_heads"],
-            mlp="swiglu",
+            activation="swiglu",
             mlp_dim=config["intermediate_size"],
             norm="rms",
             norm_eps=config["rms_norm_eps"],
@@ -167,7 +167,7 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     only_these(
         "Idefics",
         {
-            "gated.mlp": (model.gated.mlp, "swiglu"),
+            "gated.activation": (model.gated.activation, "swiglu"),
             "gated.mlp_dim": (model.gated.mlp_dim or 4 * decoder.dim, decoder.mlp_dim),
             "gated.norm": (model.gated.norm, "rms"),
             "gated.norm_eps": (model.gated.norm_eps, decoder.norm.eps),

@@ -32,7 +32,7 @@ _AROUND = "<fake_token_around_image>"
 _PROJ = {"proj": "fc"}
 _LAYOUT = {
     r"model\.vision_model\.(.+)": r"vision.\1",
-    r"model\.connector\.modality_projection\.(.+)": r"connector.\1",
+    r"model\.connector\.modality_projection\.(.+)": r"projector.\1",
     r"model\.text_model\.(.+)": r"text.model.\1",
     r"(lm_head\.weight)": r"text.\1",
 }
@@ -60,9 +60,9 @@ def idefics3_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     only(text, context, {"qk_layer_norms": False})
     tied = config["tie_word_embeddings"]
     decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
-    connector = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
-    fill(connector, _PROJ, parts["connector"], f"{context}, projector")
-    return Llava(vision, connector, decoder, config["image_token_id"], vision_feature_layers=None).eval()
+    projector = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
+    fill(projector, _PROJ, parts["projector"], f"{context}, projector")
+    return Llava(vision, projector, decoder, config["image_token_id"], vision_feature_layers=None).eval()
 
 
 def _check_grid(grid: tuple[int, int], context: str) -> None:
@@ -87,12 +87,12 @@ def to_idefics3(model: Llava, family: str = "smolvlm") -> tuple[dict[str, Any], 
         ValueError: if a part has no counterpart there.
     """
     context, vision = f"transformers' {_CLASSES[family]}", model.vision
-    if not isinstance(model.connector, LinearProjector):
-        raise ValueError(f"{context} has a LinearProjector, not a {type(model.connector).__name__}")
+    if not isinstance(model.projector, LinearProjector):
+        raise ValueError(f"{context} has a LinearProjector, not a {type(model.projector).__name__}")
     only_these(
         context,
         {
-            "connector.bias": (model.connector.bias, False),
+            "projector.bias": (model.projector.bias, False),
             "vision_feature_layers": (model.vision_feature_layers, None),
             "keep_prefix_tokens": (model.keep_prefix_tokens, False),
             "class_token": (vision.class_token, False),
@@ -109,12 +109,12 @@ def to_idefics3(model: Llava, family: str = "smolvlm") -> tuple[dict[str, Any], 
         "vision_config": {**tower, "model_type": f"{family}_vision"},
         "text_config": text,
         "image_token_id": model.image_token_id,
-        "scale_factor": model.connector.pixel_shuffle,
+        "scale_factor": model.projector.pixel_shuffle,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     del config["vision_config"]["vision_use_head"]
     tensors = {f"model.vision_model.{name}": tensor for name, tensor in vision_tensors.items()}
-    projector = export(model.connector, _PROJ, context)
+    projector = export(model.projector, _PROJ, context)
     tensors |= {f"model.connector.modality_projection.{name}": tensor for name, tensor in projector.items()}
     for name, tensor in text_tensors.items():
         tensors[name.replace("model.", "model.text_model.", 1) if name.startswith("model.") else name] = tensor

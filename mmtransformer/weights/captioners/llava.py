@@ -35,7 +35,7 @@ _PLAIN = "USER: <image>\n{} ASSISTANT:"
 """LLaVA 1.5's prompts, where a folder has no chat template."""
 _LAYOUT = {
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"vision.\1",
-    r"(?:model\.)?multi_modal_projector\.(.+)": r"connector.\1",
+    r"(?:model\.)?multi_modal_projector\.(.+)": r"projector.\1",
     r"(?:model\.)?image_newline": "newline.newline",
     r"language_model\.((?:model|lm_head)\..+)": r"text.\1",
     r"model\.language_model\.(.+)": r"text.model.\1",
@@ -97,13 +97,13 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         raise ValueError(f"{context}: vision_feature_layer is {layers}, of a tower of {vision.depth} blocks")
     if (keep := config["vision_feature_select_strategy"] == "full") is False and not vision.class_token:
         raise ValueError(f"{context}: vision_feature_select_strategy is not full, but the tower has no class token")
-    connector = MLPProjector(
+    projector = MLPProjector(
         vision.dim * len(layers), decoder.dim, pre_norm=False, bias=config.get("multimodal_projector_bias", True)
     )
-    fill(connector, _PROJ, parts["connector"], f"{context}, projector")
+    fill(projector, _PROJ, parts["projector"], f"{context}, projector")
     model = Llava(
         vision,
-        connector,
+        projector,
         decoder,
         config["image_token_index"],
         # There, 0 stands before the first block.
@@ -111,7 +111,7 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         keep_prefix_tokens=keep and vision.class_token,
         tiles=_tiles(config, context),
     )
-    fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "connector.", "decoder."))
+    fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "projector.", "decoder."))
     return model.eval()
 
 
@@ -149,17 +149,17 @@ def to_llava(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    connector, tiles, vision = model.connector, model.tiles, model.vision
+    projector, tiles, vision = model.projector, model.tiles, model.vision
     kind = "llava_onevision" if tiles.single_only else "llava_next" if tiles.pinpoints else "llava"
     context = f"transformers' {_CLASSES[kind]}"
-    if not isinstance(connector, MLPProjector) or model.vision_feature_layers is None:
+    if not isinstance(projector, MLPProjector) or model.vision_feature_layers is None:
         raise ValueError(f"{context} has an MLPProjector that reads tokens before the last norm")
     only_these(
         context,
         {
-            "connector.pre_norm": (connector.pre_norm, False),
-            "connector.pixel_shuffle": (connector.pixel_shuffle, 1),
-            "connector.hidden_dim": (connector.hidden_dim, connector.dim),
+            "projector.pre_norm": (projector.pre_norm, False),
+            "projector.pixel_shuffle": (projector.pixel_shuffle, 1),
+            "projector.hidden_dim": (projector.hidden_dim, projector.dim),
             "keep_prefix_tokens": (model.keep_prefix_tokens, model.keep_prefix_tokens and vision.class_token),
             "tiles.max_tiles": (bool(tiles.max_tiles), tiles.single_only),
         },
@@ -177,12 +177,12 @@ def to_llava(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
         "vision_feature_select_strategy": "full" if model.keep_prefix_tokens or not vision.class_token else "default",
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": connector.bias,
+        "multimodal_projector_bias": projector.bias,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     tensors = {f"language_model.{name}": tensor for name, tensor in text_tensors.items()}
     tensors |= {f"vision_tower.vision_model.{name}": tensor for name, tensor in vision_tensors.items()}
-    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in export(connector, _PROJ, context).items()}
+    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in export(projector, _PROJ, context).items()}
     if model.newline is not None:
         config["image_grid_pinpoints"] = [list(point) for point in tiles.pinpoints]
         tensors["image_newline"] = model.newline.detach()

@@ -29,7 +29,7 @@ from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
 _PROJ = {"linear": "fc"}
 _LAYOUT = {
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"vision.\1",
-    r"(?:model\.)?multi_modal_projector\.(.+)": r"connector.\1",
+    r"(?:model\.)?multi_modal_projector\.(.+)": r"projector.\1",
     r"language_model\.((?:model|lm_head)\..+)": r"text.\1",
     r"model\.language_model\.(.+)": r"text.model.\1",
     r"(lm_head\.weight)": r"text.\1",
@@ -68,7 +68,7 @@ def paligemma_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
         raise ValueError(f'{context}: the language model is a "{text.get("model_type")}", not a gemma or gemma2')
     image_token = config.get("image_token_id", config.get("image_token_index", _IMAGE_TOKEN))
     model = PaliGemma(vision, decoder, image_token_id=image_token)
-    fill(model.connector, _PROJ, parts["connector"], f"{context}, projector")
+    fill(model.projector, _PROJ, parts["projector"], f"{context}, projector")
     return model.eval()
 
 
@@ -104,7 +104,7 @@ def to_paligemma(model: PaliGemma) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {f"language_model.{name}": tensor for name, tensor in words.items()}
     tensors |= {f"vision_tower.vision_model.{name}": tensor for name, tensor in tower.items()}
     tensors |= {
-        f"multi_modal_projector.{name}": tensor for name, tensor in export(model.connector, _PROJ, context).items()
+        f"multi_modal_projector.{name}": tensor for name, tensor in export(model.projector, _PROJ, context).items()
     }
     return config, tensors
 

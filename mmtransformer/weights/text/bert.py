@@ -199,7 +199,7 @@ def decoder_to_bert(decoder: TextDecoder, name: str) -> tuple[dict[str, Any], di
         ValueError: if it is not a BERT.
     """
     facts = {
-        "cross_layer_interval": (decoder.cross_layer_interval, 1),
+        "cross_attn_every_n_layers": (decoder.cross_attn_every_n_layers, 1),
         "attention": (decoder.attention, AttentionConfig()),
         "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
         "norm": (decoder.norm, NormConfig(eps=decoder.norm.eps, pre=False, embed=True)),

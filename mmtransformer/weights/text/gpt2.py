@@ -74,7 +74,9 @@ def is_gpt2(decoder: TextDecoder) -> bool:
     """Whether a decoder can be written as GPT-2."""
     heads, width = (decoder.num_heads, None), (decoder.dim // decoder.num_heads, None)
     attention = [AttentionConfig(h, c, out_bias=out) for h in heads for c in width for out in (None, True)]
-    crosses = decoder.context_dim is None or (decoder.context_dim == decoder.dim and decoder.cross_layer_interval == 1)
+    crosses = decoder.context_dim is None or (
+        decoder.context_dim == decoder.dim and decoder.cross_attn_every_n_layers == 1
+    )
     mlp = decoder.mlp.activation in SOURCE_ACTIVATIONS and decoder.mlp.bias
     shape = decoder.norm == NormConfig(eps=decoder.norm.eps) and decoder.positions == PositionConfig()
     shape = shape and decoder.logit_softcap is None
@@ -90,7 +92,7 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
     if not is_gpt2(decoder):
         raise ValueError(
             f"only a decoder of GPT-2's kind can be written as GPT-2; this has "
-            f"context_dim {decoder.context_dim}, every {decoder.cross_layer_interval}, {decoder.attention}, "
+            f"context_dim {decoder.context_dim}, every {decoder.cross_attn_every_n_layers}, {decoder.attention}, "
             f"{decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     return decoder_tensors(decoder, _KEYS, "GPT-2", transposed=_TRANSPOSED)

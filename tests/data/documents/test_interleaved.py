@@ -330,7 +330,7 @@ def text_of(ids: list[int]) -> list[str]:
 
 def test_a_row_by_hand() -> None:
     document = Document(("별", "a red star", "", "세 개"), "ko")
-    rows = DocumentRows(Fake([document]), tokenizer(), max_len=64)
+    rows = DocumentRows(Fake([document]), tokenizer(), row_len=64)
     ((piece,),) = [rows.row(0)]
     tok = tokenizer()
     expected = [
@@ -352,7 +352,7 @@ def test_a_row_by_hand() -> None:
 
 def test_packed_documents_have_numbers_of_their_own() -> None:
     documents = [Document(("a", "red star", "별"), "en"), Document(("", "원"), "ko")]
-    rows = DocumentRows(Fake(documents), tokenizer(), max_len=64)
+    rows = DocumentRows(Fake(documents), tokenizer(), row_len=64)
     assert len(rows) == 1
     pieces = rows.row(0)
     layout = lay_out(pieces, rows.image_token_id)
@@ -370,20 +370,20 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
 @given(
     seed=st.integers(0, 999),
     count=st.integers(1, 31),
-    max_len=st.integers(13, 71),
+    row_len=st.integers(13, 71),
     max_images=st.integers(1, 5),
     pack=st.booleans(),
 )
-def test_rows_hold_every_document_once(seed: int, count: int, max_len: int, max_images: int, pack: bool) -> None:
+def test_rows_hold_every_document_once(seed: int, count: int, row_len: int, max_images: int, pack: bool) -> None:
     documents = some_documents(count, seed)
-    rows = DocumentRows(Fake(documents), tokenizer(), max_len=max_len, max_images=max_images, pack=pack, seed=seed)
+    rows = DocumentRows(Fake(documents), tokenizer(), row_len=row_len, max_images=max_images, pack=pack, seed=seed)
     tok = tokenizer()
     found: dict[int, list[tuple[int, int, list[int]]]] = {}
     for i in range(len(rows)):
         pieces = rows.row(i)
         assert pack or len(pieces) == 1
         tokens = sum(len(piece.tokens) for piece in pieces)
-        assert tokens == rows.lengths[i] <= max_len
+        assert tokens == rows.lengths[i] <= row_len
         assert sum(piece.images for piece in pieces) == rows.images[i] <= max_images
         for piece in pieces:
             ids = piece.tokens.tolist()
@@ -405,7 +405,7 @@ def test_rows_hold_every_document_once(seed: int, count: int, max_len: int, max_
 
 def test_a_long_text_is_cut_after_a_whole_word_and_does_not_end() -> None:
     text = "빨간 별과 파란 원 세 개 " * 9
-    rows = DocumentRows(Fake([Document(("", text.strip()), "ko")]), tokenizer(), max_len=23)
+    rows = DocumentRows(Fake([Document(("", text.strip()), "ko")]), tokenizer(), row_len=23)
     assert (rows.cut, rows.divided) == (1, 0)
     ids = rows.row(0)[0].tokens.tolist()
     assert len(ids) <= 23
@@ -417,7 +417,7 @@ def test_a_long_text_is_cut_after_a_whole_word_and_does_not_end() -> None:
 
 def test_of_a_long_beginning_the_end_is_kept() -> None:
     lead = "빨간 별과 파란 원 세 개 " * 9
-    rows = DocumentRows(Fake([Document((lead.strip(), "red star"), "en")]), tokenizer(), max_len=29)
+    rows = DocumentRows(Fake([Document((lead.strip(), "red star"), "en")]), tokenizer(), row_len=29)
     ids = rows.row(0)[0].tokens.tolist()
     assert rows.cut == 1
     before = tokenizer().decode(ids[2 : ids.index(tokenizer().image_token_id)]).split()
@@ -428,7 +428,7 @@ def test_of_a_long_beginning_the_end_is_kept() -> None:
 
 def test_what_teaches_nothing_is_left_out_and_counted() -> None:
     documents = [Document(("a red star", "", ""), "en"), Document(("a", "red", "", ""), "en")]
-    rows = DocumentRows(Fake(documents), tokenizer(), max_len=64)
+    rows = DocumentRows(Fake(documents), tokenizer(), row_len=64)
     assert (rows.silent, rows.unread) == (1, 4)
     assert [piece.images for piece in rows.row(0)] == [1]
     with pytest.raises(ValueError, match="none of the 1 document has a text after a picture"):
@@ -437,7 +437,7 @@ def test_what_teaches_nothing_is_left_out_and_counted() -> None:
 
 def test_packing_fills_rows_and_follows_the_seed() -> None:
     documents = Fake(some_documents(307))
-    options = {"max_len": 101, "max_images": 9}
+    options = {"row_len": 101, "max_images": 9}
     rows = DocumentRows(documents, tokenizer(), **options)  # type: ignore[arg-type]
     plain = DocumentRows(documents, tokenizer(), pack=False, **options)  # type: ignore[arg-type]
     assert rows.fill() > 0.9 > 0.5 > plain.fill()
@@ -452,8 +452,8 @@ def test_packing_fills_rows_and_follows_the_seed() -> None:
 
 def test_impossible_rows_are_refused() -> None:
     documents = Fake(some_documents(3))
-    with pytest.raises(ValueError, match=r"max_len \(4\) must be at least 5"):
-        DocumentRows(documents, tokenizer(), max_len=4)
+    with pytest.raises(ValueError, match=r"row_len \(4\) must be at least 5"):
+        DocumentRows(documents, tokenizer(), row_len=4)
     with pytest.raises(ValueError, match=r"max_images \(0\)"):
         DocumentRows(documents, tokenizer(), max_images=0)
     bare = Tokenizer(tokenizer().backend, languages=("en", "ko"))
@@ -468,7 +468,7 @@ def test_impossible_rows_are_refused() -> None:
 
 def make(train: Fake | None = None, report_dir: str | None = None, **options: object) -> InterleavedData:
     source = FakeSource(train=train or Fake(some_documents(53)), val=Fake(some_documents(11, 1)))
-    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 61, "max_images": 4}
+    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "row_len": 61, "max_images": 4}
     data = InterleavedData(source, **(settings | options))  # type: ignore[arg-type]
     data.report_dir = report_dir
     data.setup("fit")
@@ -596,7 +596,7 @@ def test_a_document_that_names_a_side_is_not_mirrored() -> None:
 def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> None:
     documents = Fake(some_documents(9, 5, images=2))
     image = ImageTransform(16)
-    packed = make(documents, max_len=97, max_images=9, transform=image)
+    packed = make(documents, row_len=97, max_images=9, transform=image)
     alone = make(documents, pack=False, transform=image)
     torch.manual_seed(0)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
@@ -623,7 +623,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> N
 def test_what_was_divided_and_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
     documents = [Document(("a " * 99, "red " * 99, "star", "원"), "en"), *some_documents(9), Document(("a", ""), "en")]
     with caplog.at_level(logging.WARNING):
-        make(Fake(documents), max_len=41)
+        make(Fake(documents), row_len=41)
     assert "train: 1 of 11 documents are longer than a row (41 tokens, 4 pictures): divided" in caplog.text
     assert "train: 2 texts are longer than a row: cut" in caplog.text
     assert "train: 1 of 11 documents have no text after a picture: left out" in caplog.text
@@ -710,7 +710,7 @@ def fit(folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int =
         {"documents": 2.0, "pairs": 1.0},
         epoch_size=17,
     )
-    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 97}
+    settings = {"transform": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "row_len": 97}
     settings |= {"augment": Augment(scale=(0.5, 0.9)), "captions": scenes, "loader": LoaderConfig(workers, 3)}
     data = InterleavedData(documents, **(settings | options))  # type: ignore[arg-type]
     trainer.fit(Module(seen), data, ckpt_path=ckpt)
@@ -726,7 +726,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert rest == whole[steps[8] :]
     assert {one[0] for one in whole if isinstance(one[0], str)} == {"val 0", "val 1"}  # type: ignore[index]
     with pytest.raises(ValueError, match=r"cannot resume: the number of rows of the run was \d+ and is now \d+"):
-        fit(tmp_path, ckpt=tmp_path / "8.ckpt", max_len=64)
+        fit(tmp_path, ckpt=tmp_path / "8.ckpt", row_len=64)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
@@ -741,3 +741,6 @@ def test_a_model_that_does_not_read_where_images_stand_is_refused(tmp_path: Path
         ValueError, match=r'VisionEncoderDecoder reads the pictures of a text as a whole.*visible_images="last"'
     ):
         trainer.fit(Captioning(captioner), make(transform=ImageTransform(16)))
+    flamingo = Flamingo(vision, TextDecoder(tokenizer().vocab_size, 12, 1, 2, max_len=64), gated=GatedBlockConfig(2, 5))
+    with pytest.raises(ValueError, match=r"data\.row_len \(65\) is more than the 64 tokens"):
+        trainer.fit(Captioning(flamingo), make(transform=ImageTransform(16), row_len=65))

@@ -125,7 +125,7 @@ def test_impossible_documents_are_refused(settings: dict[str, object], fault: st
 
 def data_and_model() -> tuple[InterleavedData, Flamingo]:
     source = SceneDocuments(image_size=32, train_size=40, val_size=6, aspects=("description", "color"))
-    data = InterleavedData(source, transform=ImageTransform(16), vocab_size=330, batch_size=4, max_len=160)
+    data = InterleavedData(source, transform=ImageTransform(16), vocab_size=330, batch_size=4, row_len=160)
     data.setup("fit")
     model = Flamingo(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), TextDecoder(400, 20, 1, 2, max_len=400))
     return data, model

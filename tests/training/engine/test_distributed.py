@@ -317,7 +317,7 @@ def test_mmt_shares_weights_out(folder: Path) -> None:
         return main([*words, f"--trainer.default_root_dir={folder / name}", *more])
 
     def job(rank: int) -> None:
-        sharded = ["--trainer.strategy=sharded", "--trainer.devices=2", "--data.batch_size=2"]
+        sharded = ["--trainer.strategy=fsdp", "--trainer.devices=2", "--data.batch_size=2"]
         assert mmt("mmt, shared", "--trainer.max_steps=2", *sharded) == 0
         half = "--trainer.precision=16-mixed"
         assert mmt("mmt, half", *sharded, half) == 2

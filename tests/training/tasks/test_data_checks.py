@@ -37,3 +37,5 @@ def test_a_model_must_be_as_large_as_the_texts() -> None:
         ValueError, match=r"data\.max_len \(7\) is more than the 6 tokens .* raise the decoder's max_len"
     ):
         check_texts(data, 7, Model(vocab_size=size, max_len=6), "decoder")
+    with pytest.raises(ValueError, match=r"data\.row_len \(7\) is more"):
+        check_texts(data, 7, Model(vocab_size=size, max_len=6), "decoder", "row_len")

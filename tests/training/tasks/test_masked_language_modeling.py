@@ -141,8 +141,8 @@ def test_a_mask_token_is_found_or_added() -> None:
         Masking(plain)
     with pytest.raises(ValueError, match=r"mlm_probability \(1.0\)"):
         Masking(with_mask(plain), mlm_probability=1.0)
-    with pytest.raises(ValueError, match=r"hidden \(0.8\) and changed \(0.3\)"):
-        Masking(with_mask(plain), changed=0.3)
+    with pytest.raises(ValueError, match=r"mask_replace_prob \(0.8\) and random_replace_prob \(0.3\)"):
+        Masking(with_mask(plain), random_replace_prob=0.3)
 
 
 # -------------------------------------------------------------------------------------------------------- pairs
@@ -209,7 +209,7 @@ def test_batches_are_rows_of_pairs(max_len: int) -> None:
                 types += [1] * (two + 1)
             assert ids == want
             assert batch.types[b][batch.attention_mask[b]].tolist() == types
-            assert int(batch.other[b]) == other[i]
+            assert int(batch.next_sentence_label[b]) == other[i]
             special = torch.isin(batch.labels[b], torch.tensor([tok.bos_id, tok.eos_id, tok.pad_id]))
             assert torch.equal(batch.words[b] < 0, special | ~batch.attention_mask[b])
             assert not batch.loss_mask[b][special].any()
@@ -306,7 +306,7 @@ def test_bigrams_refuse_what_cannot_be() -> None:
 def test_the_loss_is_words_plus_pairs() -> None:
     data, encoder = data_of(), encoder_of().double()
     batch = next(iter(data.train_dataloader()))
-    batch.other[2:4] = -1
+    batch.next_sentence_label[2:4] = -1
     module = MaskedLanguageModeling(encoder, nsp_weight=0.3)
     words, pairs = module.losses(batch)
     hidden = encoder(batch.tokens, batch.types, attention_mask=batch.attention_mask)
@@ -314,10 +314,10 @@ def test_the_loss_is_words_plus_pairs() -> None:
     want = -logits.gather(-1, batch.labels[..., None])[..., 0][batch.loss_mask].sum()
     torch.testing.assert_close(words.sum(), want)
     assert len(words) == int(batch.loss_mask.sum())
-    known = batch.other >= 0
+    known = batch.next_sentence_label >= 0
     assert 0 < known.sum() < len(known)
     told = encoder.nsp_logits(hidden)[known].log_softmax(-1)
-    torch.testing.assert_close(pairs, F.nll_loss(told, batch.other[known], reduction="none"))
+    torch.testing.assert_close(pairs, F.nll_loss(told, batch.next_sentence_label[known], reduction="none"))
     loss = module.loss(batch)
     row = torch.zeros(len(known), dtype=torch.float64)
     row[known] = pairs
@@ -335,7 +335,7 @@ def test_without_pairs_every_weight_still_has_a_gradient() -> None:
     """Of several processes one may have no pairs in its batch; the others wait for the head's gradient all the same."""
     module = MaskedLanguageModeling(encoder_of())
     batch = next(iter(data_of().train_dataloader()))
-    alone = dataclasses.replace(batch, other=torch.full_like(batch.other, -1))
+    alone = dataclasses.replace(batch, next_sentence_label=torch.full_like(batch.next_sentence_label, -1))
     loss = module.loss(alone)
     assert torch.equal(loss.sum, module.losses(alone)[0].sum())
     loss.sum.backward()
@@ -356,7 +356,7 @@ def test_padding_changes_no_loss() -> None:
             name: getattr(batch, name)[b : b + 1, :end]
             for name in ("tokens", "labels", "loss_mask", "words", "types", "attention_mask")
         }
-        parts.append(module.losses(MaskedBatch(**cut, other=batch.other[b : b + 1])))
+        parts.append(module.losses(MaskedBatch(**cut, next_sentence_label=batch.next_sentence_label[b : b + 1])))
     torch.testing.assert_close(torch.cat([one for one, _ in parts]), whole)
     torch.testing.assert_close(torch.cat([two for _, two in parts]), pairs)
 
@@ -453,7 +453,7 @@ def test_scores_are_counted_by_token_and_word() -> None:
                 hits.append(bool((batch.labels[b][mine] == always).all()))
     assert score.words == pytest.approx(np.mean(hits))
     assert score.hidden_words == len(hits)
-    known = torch.cat([batch.other[batch.other >= 0] for batch in batches])
+    known = torch.cat([batch.next_sentence_label[batch.next_sentence_label >= 0] for batch in batches])
     assert score.nsp_accuracy == pytest.approx(float(known.float().mean()))
     assert math.isfinite(score.loss)
 
@@ -479,7 +479,7 @@ def test_a_file_is_the_data_of_a_recipe(tmp_path: Path) -> None:
     data = MaskedTextData(str(tmp_path / "t.jsonl"), vocab_size=300, batch_size=4)
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape[0] == 4
-    assert (batch.other >= 0).all()
+    assert (batch.next_sentence_label >= 0).all()
     assert torch.equal(batch.to("cpu").labels, batch.labels)
 
 

@@ -75,6 +75,8 @@ def test_parts_that_read_a_tower_get_its_width(tmp_path: Path) -> None:
     assert (inner.connector.init_args.visual_dim, inner.decoder.init_args.context_dim) == (20, 32)
     flamingo = Namespace(vision=vision, connector=part("PerceiverResampler", dim=192), decoder=part("HubDecoder"))
     assert fit_widths(flamingo) == [f"connector.dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
+    llava = Namespace(vision=vision, projector=part("MLPProjector", visual_dim=192), decoder=part("HubDecoder"))
+    assert fit_widths(llava) == [f"projector.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
     bare = Namespace(vision=vision, decoder=part("TextDecoder", context_dim=192))
     assert len(fit_widths(bare)) == 1
     assert bare.decoder.init_args.context_dim == 20

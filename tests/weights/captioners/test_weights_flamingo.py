@@ -199,7 +199,7 @@ def test_folders_of_idefics(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_flamingo_that_idefics_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mlp='gelu', .*norm='layer', .*vision\.output\.norm='tokens'"):
+    with pytest.raises(ValueError, match=r"activation='gelu', .*norm='layer', .*vision\.output\.norm='tokens'"):
         save_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))
@@ -261,8 +261,10 @@ def test_what_is_not_openflamingos_is_refused() -> None:
         from_openflamingo({n: t for n, t in state.items() if "ff.3" not in n}, vision, decoder)
     with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
         from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
-    with pytest.raises(ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"):
+    with pytest.raises(
+        ValueError, match=r"nothing like gated\.head_dim=7, gated\.activation='relu', gated\.norm='rms'"
+    ):
         to_openflamingo(Flamingo(vision, decoder, connector=PerceiverResampler(VISUAL), gated=GatedBlockConfig(
-            head_dim=7, mlp="relu", norm="rms", per_channel=True)))  # fmt: skip
+            head_dim=7, activation="relu", norm="rms", per_channel=True)))  # fmt: skip
     with pytest.raises(ValueError, match="always has a resampler"):
         to_openflamingo(Flamingo(vision, decoder))

@@ -74,7 +74,7 @@ def inputs(ours: Llava, *, left: bool) -> tuple[CaptionBatch, dict[str, Any]]:
     """Prompts of unequal lengths with 1, 3 and 2 tiles, each tile's placeholders behind a marker."""
     generator, side = torch.Generator().manual_seed(5), ours.vision.image_size[0]
     count, numbers = (
-        ours.vision.grid_size[0] * ours.vision.grid_size[1] // ours.connector.pixel_shuffle**2,
+        ours.vision.grid_size[0] * ours.vision.grid_size[1] // ours.projector.pixel_shuffle**2,
         torch.tensor([1, 3, 2]),
     )
     texts = []

@@ -458,7 +458,7 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
         ({"attention": AttentionConfig(num_kv_heads=2)}, "num_kv_heads=2"),
         ({"attention": AttentionConfig(head_dim=5)}, "head_dim=5"),
         ({"context_dim": 19}, "context_dim 19"),
-        ({"context_dim": 24, "cross_layer_interval": 2}, "every 2"),
+        ({"context_dim": 24, "cross_attn_every_n_layers": 2}, "every 2"),
     ],
     ids=str,
 )
