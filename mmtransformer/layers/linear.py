@@ -6,7 +6,6 @@ and of weights: 107, 114, 113 by torch's own product, which is MKL's, and 238, 2
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,10 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from mmtransformer.layers.kernels import HALVES, autocast_input, emulated, seconds_of, transformed
+from mmtransformer.layers.kernels import (
+    HALVES,
+    autocast_input,
+    emulated,
+    fast_by_onednn,
+    onednn_linear,
+    transformed,
+    watched,
+)
 
 _LEAST = 1 << 23  # multiplications, for which a call more and the kernel of a new shape (0.4 ms) pay
-_GAIN = 1.4  # rate of oneDNN's product over torch's own from which on it is taken; on Zen 5 it is 2.1
 
 
 class Linear(nn.Linear):
@@ -39,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype in HALVES and emulated(weight):
         return _upcast(x, weight, bias)
     if weight.dtype == torch.float32 and _by_onednn(x, weight, bias):
-        return _OneDNNProduct.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+        return _OneDNNProduct.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -49,8 +55,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and type(weight) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        and not watched()
         and x.numel() * len(weight) >= _LEAST
         and x.numel() >= 4 * x.shape[-1]  # Fewer rows wait for the weight, whoever multiplies.
         and weight.is_cpu
@@ -59,27 +64,8 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.dtype == torch.float32)
         and x.shape[-1] == weight.shape[1]  # else torch says what is wrong
         and not torch.is_autocast_enabled("cpu")
-        and not transformed()
-        and not torch._C._len_torch_dispatch_stack()  # who counts operations, or makes none, knows torch's own
-        and torch.get_float32_matmul_precision() == "highest"
-        and onednn_gain() >= _GAIN
+        and fast_by_onednn()
     )
-
-
-@cache
-def onednn_gain() -> float:
-    """The rate of oneDNN's matrix products in float32 over torch's own, measured once a process, in 20 to 50 ms."""
-    if not torch.backends.mkldnn.is_available():
-        return 0.0
-    with torch.inference_mode():
-        side = torch.ones(512, 512, device="cpu")
-        own, onednn = seconds_of(lambda: F.linear(side, side), lambda: _onednn(side, side))
-    return own / onednn
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Of a weight that is dense, or so when transposed: any other takes a thousand times as long."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class _OneDNNProduct(torch.autograd.Function):
@@ -89,13 +75,13 @@ class _OneDNNProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # What no gradient needs is not kept: of a frozen weight the tokens, of tokens that have none the weight.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _onednn(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        product = F.linear if torch.is_grad_enabled() else _onednn  # torch's, of a gradient that has one itself
+        product = F.linear if torch.is_grad_enabled() else onednn_linear  # torch's, of a gradient that has one itself
         return (
             None if weight is None else product(grad, weight.T),
             None if x is None else product(rows.T, x.flatten(0, -2).contiguous().T),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmtransformer.layers import kernels, masks
 from mmtransformer.layers.attention import Attention, attend
@@ -30,9 +31,18 @@ def definition(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -
 
 
 def by_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    """Float32 on a CPU by plain products or by SDPA."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    monkeypatch.setattr(kernels, "_CPU_PLAIN_KEYS", 1024 if way == "plain" else 0)
+    """Float32 on a CPU by plain products, those of one head after the other, or by SDPA."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if way == "heads" else "medium")
+    monkeypatch.setattr(kernels, "_CPU_PLAIN_KEYS", 0 if way == "sdpa" else 1024)
+    if way == "heads":  # which are for long rows, and where no gradient is asked for
+        monkeypatch.setattr(kernels, "_HEAD", 0)
+        monkeypatch.setattr(kernels, "onednn_gain", lambda: 2.1)
+        monkeypatch.setattr(torch, "is_grad_enabled", lambda: False)
+
+
+HEADS = pytest.param(
+    "heads", marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+)
 
 
 def qkv(
@@ -42,7 +52,7 @@ def qkv(
     return torch.randn(b, h, q, c), torch.randn(n, g, k, c), torch.randn(n, g, k, 13 if c == 0 else c)
 
 
-@pytest.mark.parametrize("way", ["plain", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", HEADS, "sdpa"])
 @pytest.mark.parametrize(("n", "g"), [(6, 6), (6, 2), (3, 6), (2, 3), (1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend_is_the_definition(monkeypatch: pytest.MonkeyPatch, way: str, n: int, g: int, masked: bool) -> None:
@@ -58,7 +68,20 @@ def test_attend_is_the_definition(monkeypatch: pytest.MonkeyPatch, way: str, n: 
         assert (out[2, :, 3] == 0).all()
 
 
-@pytest.mark.parametrize("way", ["plain", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", HEADS, "sdpa"])
+@pytest.mark.parametrize(("n", "g"), [(6, 6), (3, 2)])
+def test_heads_may_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch, way: str, n: int, g: int) -> None:
+    by_way(monkeypatch, way)
+    q, k, v = qkv(n=n, g=g)
+    allowed = torch.rand(6, 6, 5, 7) > 0.4
+    out = attend(q, k, v, allowed).double()
+    for h in range(6):
+        group = slice(h * g // 6, h * g // 6 + 1)
+        want = definition(q[:, h : h + 1], k[:, group], v[:, group], allowed[:, h])
+        torch.testing.assert_close(out[:, h : h + 1], want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("way", ["plain", HEADS, "sdpa"])
 @pytest.mark.parametrize(("asked", "keys"), [(7, 7), (3, 7), (2, 7), (1, 7)])
 def test_causal_aligns_the_last_query_with_the_last_key(
     monkeypatch: pytest.MonkeyPatch, way: str, asked: int, keys: int
@@ -67,6 +90,32 @@ def test_causal_aligns_the_last_query_with_the_last_key(
     q, k, v = qkv(q=asked, k=keys)
     allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
     torch.testing.assert_close(attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_heads_go_one_after_the_other_where_rows_are_long_and_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, each_head = [], kernels._each_head
+    monkeypatch.setattr(kernels, "onednn_gain", lambda: 2.1)
+    monkeypatch.setattr(kernels, "_each_head", lambda *args: (taken.append(args[0].dtype), each_head(*args)))
+    long, short = qkv(b=1, h=2, q=257, k=257, n=1, g=2), qkv(b=1, h=2, q=255, k=255, n=1, g=2)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            with torch.no_grad():
+                for kind in (torch.float32, torch.bfloat16, torch.float64):
+                    attend(*(x.to(kind) for x in long))
+                attend(*short)
+                attend(*long, dropout=0.5)
+                attend(*long, softcap=3.0)
+                with FlopCounterMode(display=False) as counter:
+                    attend(*long)
+                assert counter.get_total_flops() == 4 * 2 * 257 * 257 * 11
+                torch.func.vmap(attend)(*(x[None] for x in long))
+            attend(*long)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert taken == [torch.float32, torch.bfloat16 if kernels.fast_in_bfloat16() else torch.float32]
 
 
 def test_gradients_are_finite_where_a_query_may_look_nowhere() -> None:
@@ -89,7 +138,7 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("way", ["plain", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", HEADS, "sdpa"])
 def test_a_masked_key_changes_no_bit(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     by_way(monkeypatch, way)
     q, k, v = qkv()
@@ -227,10 +276,13 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+@pytest.mark.parametrize("way", ["plain", HEADS, "autocast"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "c"), [(torch.bfloat16, 64), (torch.bfloat16, 48), (torch.float16, 64)], ids=str)
 @pytest.mark.parametrize("largest", [3, 20, 200, 1800, 180_000])
-def test_scores_in_16_bits_are_as_exact_as_sdpas(largest: float, dtype: torch.dtype, c: int, masked: bool) -> None:
+def test_scores_in_16_bits_are_as_exact_as_sdpas(
+    monkeypatch: pytest.MonkeyPatch, largest: float, dtype: torch.dtype, c: int, masked: bool, way: str
+) -> None:
     """On a CPU plain products are faster; a score of 200 rounded to bfloat16 would be off by up to 0.5."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 3, n, c) for n in (41, 53, 53))
@@ -241,8 +293,11 @@ def test_scores_in_16_bits_are_as_exact_as_sdpas(largest: float, dtype: torch.dt
     want = definition(q, k, v, allowed)
     dense = None if allowed is None else allowed[:, None]
     sdpa = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-    for grad in (False, True):
-        got = attend(q.requires_grad_(grad), k, v, allowed)
+    if way == "heads":
+        by_way(monkeypatch, way)
+    for grad in (False, True)[: 1 if way == "heads" else 2]:
+        with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+            got = attend(q.requires_grad_(grad), k, v, allowed)
         assert got.dtype == dtype
         assert rms(got.detach() - want) < 1.5 * rms(sdpa - want) + 1e-4
 

@@ -16,7 +16,8 @@ from mmtransformer import ViT
 from mmtransformer.layers import kernels
 from mmtransformer.layers import linear as module
 from mmtransformer.layers.attention import attend
-from mmtransformer.layers.linear import Linear, linear, onednn_gain, upcast_products
+from mmtransformer.layers.kernels import onednn_gain
+from mmtransformer.layers.linear import Linear, linear, upcast_products
 from tests.support.products import Products, slow_in_bfloat16
 
 NEEDS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -32,9 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
         made.append((*x.shape[:-1], len(weight)))
         return inner(x, weight, bias)
 
-    inner = module._onednn
-    monkeypatch.setattr(module, "_onednn", product)
-    monkeypatch.setattr(module, "onednn_gain", lambda: 2.1)
+    inner = module.onednn_linear
+    monkeypatch.setattr(module, "onednn_linear", product)
+    monkeypatch.setattr(kernels, "onednn_gain", lambda: 2.1)
     monkeypatch.setattr(module, "_LEAST", 0)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -167,7 +168,7 @@ def test_small_products_and_slow_cpus_keep_torch_s_own(calls: list, monkeypatch:
     monkeypatch.setattr(module, "_LEAST", 1 << 23)
     layer(x)
     monkeypatch.setattr(module, "_LEAST", 0)
-    monkeypatch.setattr(module, "onednn_gain", lambda: 1.1)
+    monkeypatch.setattr(kernels, "onednn_gain", lambda: 1.1)
     layer(x)
     assert not calls
 
@@ -176,7 +177,7 @@ def test_the_gain_is_the_rate_of_one_over_that_of_the_other(monkeypatch: pytest.
     with torch.device("meta"):
         assert 0.01 < onednn_gain.__wrapped__() < 100 or not torch.backends.mkldnn.is_available()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(module, "_onednn", lambda x, weight: time.sleep(0.02))
+    monkeypatch.setattr(kernels, "onednn_linear", lambda x, weight: time.sleep(0.02))
     assert onednn_gain.__wrapped__() < 1
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert onednn_gain.__wrapped__() == 0
