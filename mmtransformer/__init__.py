@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.patches import ViTPatchConfig as ViTPatchConfig
     from mmtransformer.backbones.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
-    from mmtransformer.backbones.towers.concat import ConcatViT as ConcatViT
-    from mmtransformer.backbones.towers.packed import PackedImages as PackedImages
-    from mmtransformer.backbones.towers.packed import packed_features as packed_features
-    from mmtransformer.backbones.towers.packed import packed_forward as packed_forward
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.backbones.vit_blocks import ViTBlockConfig as ViTBlockConfig
     from mmtransformer.backbones.vit_blocks import ViTOutputConfig as ViTOutputConfig
+    from mmtransformer.backbones.vit_variants.concat import ConcatViT as ConcatViT
+    from mmtransformer.backbones.vit_variants.packed import PackedImages as PackedImages
+    from mmtransformer.backbones.vit_variants.packed import packed_features as packed_features
+    from mmtransformer.backbones.vit_variants.packed import packed_forward as packed_forward
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
     from mmtransformer.captioners.base import ModelOutput as ModelOutput
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.llava import Llava as Llava
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
-    from mmtransformer.captioners.public.blip import BlipITM as BlipITM
-    from mmtransformer.captioners.public.blip import BlipVQA as BlipVQA
-    from mmtransformer.captioners.public.git import Git as Git
-    from mmtransformer.captioners.public.open_coca import OpenCoCa as OpenCoCa
-    from mmtransformer.captioners.public.paligemma import PaliGemma as PaliGemma
+    from mmtransformer.captioners.published.blip import BlipITM as BlipITM
+    from mmtransformer.captioners.published.blip import BlipVQA as BlipVQA
+    from mmtransformer.captioners.published.git import Git as Git
+    from mmtransformer.captioners.published.open_coca import OpenCoCa as OpenCoCa
+    from mmtransformer.captioners.published.paligemma import PaliGemma as PaliGemma
     from mmtransformer.captioners.tiles import TileConfig as TileConfig
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
     from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder as VisionEncoderDecoder

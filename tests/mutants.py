@@ -280,7 +280,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("p_values = (1 + extreme) / (1 + n_resamples)", "p_values = extreme / n_resamples"),
         ("combine(second.sum(0)) - combine(first.sum(0))", "combine(first.sum(0)) - combine(second.sum(0))"),
     ]),
-    "metrics/ngram.py": ("metrics/test_ngram.py", [
+    "metrics/ngram_baseline.py": ("metrics/test_ngram_baseline.py", [
         ("y = n1 / (n1 + 2 * n2)", "y = n1 / (n1 + n2)"),
         ("np.where(place > k, np.concatenate", "np.where(place >= k, np.concatenate"),
     ]),

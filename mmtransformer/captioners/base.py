@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import State
-from mmtransformer.backbones.towers.padded import pad_images, padded_features, token_mask
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_variants.padded import pad_images, padded_features, token_mask
 from mmtransformer.batch import Batch, as_mask, with_images
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained

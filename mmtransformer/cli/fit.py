@@ -297,13 +297,13 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     import torch
 
     from mmtransformer.training import Run, Task
-    from mmtransformer.training.callbacks.processes import watched
+    from mmtransformer.training.callbacks.heartbeats import watched
     from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
     from mmtransformer.training.engine.parameters import trainable_parameters
+    from mmtransformer.training.engine.recompute_and_compile import checkpoint_activations, compile_blocks
     from mmtransformer.training.engine.run import device_name
     from mmtransformer.training.engine.sharded import Sharded
-    from mmtransformer.training.engine.speed import checkpoint_activations, compile_blocks
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):

@@ -15,7 +15,7 @@ from mmtransformer.serialization.printable import say
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-    from mmtransformer.training.callbacks.plan import Needs, Watch
+    from mmtransformer.training.callbacks.memory_estimate import Needs, Watch
 
 HELP = """usage: mmt plan RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
 
@@ -55,7 +55,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
     Raises:
         ValueError: If the recipe's data has no batch_size.
     """
-    from mmtransformer.training.callbacks.plan import cache_bytes, extended
+    from mmtransformer.training.callbacks.memory_estimate import cache_bytes, extended
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
@@ -86,7 +86,7 @@ def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
 
 def longest(data: Any) -> None:
     """Lets the batch with the longest sample come third in the training data."""
-    from mmtransformer.training.callbacks.plan import longest_soon
+    from mmtransformer.training.callbacks.memory_estimate import longest_soon
 
     make = data.train_dataloader
 
@@ -101,8 +101,8 @@ def longest(data: Any) -> None:
 
 def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "LightningCLI"]:
     """A few steps with batches of `size`."""
-    from mmtransformer.training.callbacks.plan import STEPS, Watch
-    from mmtransformer.training.engine.speed import checkpoint_activations
+    from mmtransformer.training.callbacks.memory_estimate import STEPS, Watch
+    from mmtransformer.training.engine.recompute_and_compile import checkpoint_activations
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cli = _cli(words, [f"--data.batch_size={size}", f"--trainer.max_steps={STEPS}"], folder)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.mixture import Mixture as Mixture
     from mmtransformer.data.opening import open_pairs as open_pairs
     from mmtransformer.data.pairs import PairFiles as PairFiles
-    from mmtransformer.data.scenes.parallel import SceneTranslations as SceneTranslations
+    from mmtransformer.data.scenes.parallel_texts import SceneTranslations as SceneTranslations
     from mmtransformer.data.scenes.scene_documents import SceneDocuments as SceneDocuments
     from mmtransformer.data.scenes.scenes import Scenes as Scenes
     from mmtransformer.data.scenes.world import SceneWorld as SceneWorld

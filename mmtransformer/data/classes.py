@@ -11,12 +11,12 @@ from torch.utils.data import Dataset
 from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource, ImageFolder
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
+from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import DataModule, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import image_readers, scaled_image
-from mmtransformer.data.loading.traces import Parts
 from mmtransformer.images import Augment, ImageError, ImageTransform
 from mmtransformer.serialization.printable import counted
 

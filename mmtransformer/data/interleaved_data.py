@@ -15,12 +15,12 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
+from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource, splits_there
-from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.serialization.printable import counted

@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
+from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.loading.traces import Parts
-from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
+from mmtransformer.data.scenes.parallel_texts import Parallel, ParallelSource, ParallelTable
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 

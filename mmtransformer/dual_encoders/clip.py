@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.backbones.towers.padded import image_features_of
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_variants.padded import image_features_of
 from mmtransformer.captioners.base import CaptionBatch, ModelOutput, freeze, is_frozen
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
 from mmtransformer.dual_encoders.text_tower import TextTower

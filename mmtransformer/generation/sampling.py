@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
-from mmtransformer.backbones.towers.padded import token_mask
+from mmtransformer.backbones.vit_variants.padded import token_mask
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.generation.base import GenerationResult, TokenBatch
 from mmtransformer.generation.config import GenerationConfig

@@ -195,7 +195,7 @@ def public_family(folder: Path) -> "Family | None":
     """The family of a public model's folder; families are looked up for no other, since that imports them all."""
     if "class" in folder_config(folder):
         return None
-    from mmtransformer.weights.public import captioner_family
+    from mmtransformer.weights.captioner_folders import captioner_family
 
     return captioner_family(folder)
 

@@ -134,7 +134,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         options = HubOptions(revision, token, cache_dir, local_files_only)
         folder = find_folder(folder_or_id, options, look=public_family)
         if "class" not in folder_config(folder):
-            from mmtransformer.weights.public import open_captioner
+            from mmtransformer.weights.captioner_folders import open_captioner
 
             model, processor, generation = open_captioner(folder, options)
             tokenizer, transform = processor.tokenizer, processor.transform
@@ -182,7 +182,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         """
         folder = Path(folder)
         if self.processor is not None and self.processor.folder is not None:
-            from mmtransformer.weights.public import save_adapter, save_captioner
+            from mmtransformer.weights.captioner_folders import save_adapter, save_captioner
 
             base, options = self.processor.folder, self.processor.options
             if self.adapter is not None:

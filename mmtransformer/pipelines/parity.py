@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmtransformer.captioners.public.blip import BlipVQA
-from mmtransformer.captioners.public.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.blip import BlipVQA
+from mmtransformer.captioners.published.hub_captioner import HubCaptioner
 from mmtransformer.generation.loop import generate
 from mmtransformer.images import load
 from mmtransformer.pipelines.base import ImageLike

@@ -19,11 +19,11 @@ from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.llava import Llava
-from mmtransformer.captioners.public.blip import BlipITM, BlipVQA
-from mmtransformer.captioners.public.git import Git
-from mmtransformer.captioners.public.hub_captioner import HubCaptioner
-from mmtransformer.captioners.public.open_coca import OpenCoCa
-from mmtransformer.captioners.public.paligemma import PaliGemma
+from mmtransformer.captioners.published.blip import BlipITM, BlipVQA
+from mmtransformer.captioners.published.git import Git
+from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.open_coca import OpenCoCa
+from mmtransformer.captioners.published.paligemma import PaliGemma
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.hub import HubOptions

@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 import torch
 
 from mmtransformer.cli.plan import _cli, longest, plan
-from mmtransformer.training.callbacks.plan import private_bytes
+from mmtransformer.training.callbacks.memory_estimate import private_bytes
 
 ROOT = Path(__file__).parents[2]
 

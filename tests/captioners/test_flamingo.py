@@ -34,7 +34,7 @@ from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.captioners.base import is_frozen
 from mmtransformer.captioners.flamingo import FlamingoState
 from mmtransformer.layers.attention import Attention
-from mmtransformer.training.engine.speed import checkpoint_activations
+from mmtransformer.training.engine.recompute_and_compile import checkpoint_activations
 
 VOCAB, DEPTH = 53, 3
 LLAMA: dict[str, Any] = {

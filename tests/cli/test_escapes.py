@@ -73,7 +73,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     stand_in(ImageGenerator, Painter())
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"
     stand_in(ImageCaptioner, SimpleNamespace(processor=None, model=None, tokenizer=None, transform=None))
-    monkeypatch.setattr("mmtransformer.weights.public.export_captioner", lambda *_, **__: "blip")
+    monkeypatch.setattr("mmtransformer.weights.captioner_folders.export_captioner", lambda *_, **__: "blip")
     assert mmt(capsys, "export", "m", FILE[:-4])[1].startswith("그림\\x1b[2J\\u202e: a blip, as ")
     monkeypatch.setattr(plan, "plan", lambda words: (SimpleNamespace(table=lambda *_: BAD), 1, "pictures"))
     assert mmt(capsys, "plan", "caption_scenes")[1] == f"{SHOWN}\n"

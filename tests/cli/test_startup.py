@@ -17,7 +17,7 @@ from support.cli import mmt
 NOT_NEEDED = {"sympy", "mpmath", "lightning", "matplotlib", "timm", "torchvision", "transformers", "jsonargparse",
               "yaml", "pandas", "pyarrow", "huggingface_hub", "requests", "tqdm.auto", "fontTools", "scipy",
               "torch.nn.attention.flex_attention", "torch.fx.experimental.symbolic_shapes",
-              "mmtransformer.weights.families", "mmtransformer.weights.public", "mmtransformer.training",
+              "mmtransformer.weights.families", "mmtransformer.weights.captioner_folders", "mmtransformer.training",
               "mmtransformer.plots", "mmtransformer.data.scenes", "mmtransformer.metrics"}  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from mmtransformer import (
     ViT,
     ViTPatchConfig,
 )
-from mmtransformer.weights import from_vision_encoder_decoder, load_vit, public
-from mmtransformer.weights.public import export_captioner
+from mmtransformer.weights import captioner_folders, from_vision_encoder_decoder, load_vit
+from mmtransformer.weights.captioner_folders import export_captioner
 from support.cli import mmt
 
 
@@ -62,7 +62,7 @@ def test_an_export_that_fails_leaves_nothing(
     ImageCaptioner(captioner(), tokenizer, ImageTransform(28), device="cpu").save_pretrained("own")
     assert mmt(capsys, "export", "own", "public")[0] == 0
     Path("empty").mkdir()
-    for model, last in (("own", (Tokenizer, "save_pretrained")), ("public", (public, "_write_card"))):
+    for model, last in (("own", (Tokenizer, "save_pretrained")), ("public", (captioner_folders, "_write_card"))):
         for fault in (OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("odd")):
 
             def full(*given: Any, fault: BaseException = fault, **_: Any) -> None:

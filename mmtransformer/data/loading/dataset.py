@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmtransformer.backbones.towers.padded import pad_images
+from mmtransformer.backbones.vit_variants.padded import pad_images
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.features import FeatureCache

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
+from mmtransformer.data.loading.fingerprints import Parts, changes, fingerprints
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, processes
 from mmtransformer.data.loading.source import splits_there
-from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.printable import printable
@@ -364,16 +364,16 @@ class DataModule(lightning.LightningDataModule, ABC):
         return batch.to(device, non_blocking=True)
 
     @once_a_split
-    def traces(self, split: str) -> Tensor | None:
+    def fingerprints(self, split: str) -> Tensor | None:
         """What tells whether the `parts` of a split have changed."""
-        return None if (parts := self.parts(split)) is None else traces(parts)
+        return None if (parts := self.parts(split)) is None else fingerprints(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The `identity`, which is saved with a run, and the `traces`; those of the first process are kept."""
+        """The `identity`, which is saved with a run, and the `fingerprints`; those of the first process are kept."""
         first = self.trainer is None or self.trainer.is_global_zero
-        found = {split: self.traces(split) for split in (self.splits_of("fit") if first else ())}
+        found = {split: self.fingerprints(split) for split in (self.splits_of("fit") if first else ())}
         kept = {split: trace for split, trace in found.items() if trace is not None}
-        return self.identity() | ({"traces": kept} if kept else {})
+        return self.identity() | ({"fingerprints": kept} if kept else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a run which goes on has the `identity` it had, and warn if its data are not what they were.
@@ -390,8 +390,8 @@ class DataModule(lightning.LightningDataModule, ABC):
                 raise ValueError(f"cannot resume: {self.mismatch_message(name, state_dict[name], now)}")
         if self.trainer is not None and not self.trainer.is_global_zero:
             return
-        for split, was in (state_dict or {}).get("traces", {}).items():
-            now = self.traces(split) if split in self.splits_of("fit") else None
+        for split, was in (state_dict or {}).get("fingerprints", {}).items():
+            now = self.fingerprints(split) if split in self.splits_of("fit") else None
             if now is not None and (said := changes(was, now, cast(Parts, self.parts(split)))):
                 warnings.warn(
                     f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on "

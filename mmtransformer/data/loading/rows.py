@@ -17,9 +17,9 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
+from mmtransformer.data.loading.fingerprints import text_sum
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.source import Caption, Contents, Lazy, Pairs
-from mmtransformer.data.loading.traces import text_sum
 from mmtransformer.serialization.mapped import SUFFIX, Mapped, cache_folder, mapped_or_made
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.training.engine.internals import forget_sharding, make_root, share_data
-from mmtransformer.training.engine.speed import blocks
+from mmtransformer.training.engine.recompute_and_compile import blocks
 
 STEPS = ("training_step", "validation_step", "test_step", "compute_again")
 """What of a task needs whole weights; they are gathered before and let go of after each."""

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mmtransformer.data.scenes.facts import Judgement, Rates, judge_facts
-from mmtransformer.data.scenes.reader import read
+from mmtransformer.data.scenes.facts_from_image import read
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.pipelines.image_generator import ImageGenerator
 

@@ -16,7 +16,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.layers.modes import evaluation_mode
-from mmtransformer.metrics.bigrams import BigramBaseline
+from mmtransformer.metrics.bigram_baseline import BigramBaseline
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 

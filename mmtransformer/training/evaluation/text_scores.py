@@ -18,7 +18,7 @@ from mmtransformer.data.text_only.text_rows import TextRows
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.modes import evaluation_mode
-from mmtransformer.metrics.ngram import NGram
+from mmtransformer.metrics.ngram_baseline import NGram
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.captioners.coca import CoCa
-from mmtransformer.captioners.public.hub_captioner import HubBatch, HubCaptioner
+from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
@@ -35,7 +35,7 @@ from mmtransformer.training.evaluation.report import how_to, seconds_to_text, wr
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
 from mmtransformer.training.tasks.tuning import TuningConfig
 from mmtransformer.weights.adapters import Adapter, hash_of, learned
-from mmtransformer.weights.public import base_name, open_captioner
+from mmtransformer.weights.captioner_folders import base_name, open_captioner
 
 
 class Captioning(Task):

@@ -32,7 +32,7 @@ from mmtransformer.training.tasks.data_checks import check_texts
 class ImageGeneration(Task[CaptionData]):
     """Trains a model to draw what people say of a picture.
 
-    Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.reader`).
+    Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.facts_from_image`).
 
     Args:
         model: The model.

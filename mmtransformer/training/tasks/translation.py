@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch, Transformer
 from mmtransformer.data.scenes.facts import judge
-from mmtransformer.data.scenes.parallel import Parallel
+from mmtransformer.data.scenes.parallel_texts import Parallel
 from mmtransformer.data.translation import TranslationData
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip2 import InstructBatch
-from mmtransformer.captioners.public.blip import BlipITM, BlipVQA
+from mmtransformer.captioners.published.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.untrusted import built_from

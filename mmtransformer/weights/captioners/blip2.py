@@ -19,9 +19,9 @@ from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.parts.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
+from mmtransformer.weights.processors.generation_config import read_ends
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
-from mmtransformer.weights.processors.settings import read_ends
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder

@@ -12,16 +12,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.public.hub_captioner import HubBatch, HubCaptioner
+from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.conversation import messages_of
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.generation_config import read_ends, read_start
 from mmtransformer.weights.processors.pixels import read_preprocessor
 from mmtransformer.weights.processors.processor import Processor, questions_of
-from mmtransformer.weights.processors.settings import read_ends, read_start
 from mmtransformer.weights.shared.folders import check_safetensors
 
 PROMPT = "Describe the image concisely."

@@ -32,7 +32,7 @@ from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_state, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
-from mmtransformer.weights.text.retabled import EMBEDDINGS, HEADS, decoder_with_tables, table_of
+from mmtransformer.weights.text.replaced_embeddings import EMBEDDINGS, HEADS, decoder_with_tables, table_of
 from mmtransformer.weights.vision.load import load_vit
 
 _GATED = re.compile(r"^(?:.*\.)?(\d+)\.gated_cross_attn_layer\.(.+)$")

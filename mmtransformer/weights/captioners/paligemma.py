@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.public.paligemma import PaliGemma
+from mmtransformer.captioners.published.paligemma import PaliGemma
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.parts.language_model import language_model, sorted_out
+from mmtransformer.weights.processors.generation_config import GENERATION, read_ends
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
-from mmtransformer.weights.processors.settings import GENERATION, read_ends
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder

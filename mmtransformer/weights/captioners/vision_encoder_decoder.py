@@ -13,9 +13,9 @@ from mmtransformer.connectors.linear import LinearConnector
 from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.generation_config import read_ends, read_start
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
-from mmtransformer.weights.processors.settings import read_ends, read_start
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only
 from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder

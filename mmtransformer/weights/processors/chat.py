@@ -16,8 +16,8 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.text.conversation import messages_of, turns_of
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.generation_config import read_ends
 from mmtransformer.weights.processors.processor import Processor
-from mmtransformer.weights.processors.settings import read_ends
 from mmtransformer.weights.processors.templates import ChatTemplate
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 

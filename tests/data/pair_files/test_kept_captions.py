@@ -45,7 +45,7 @@ def run(data: CaptionData) -> list[Any]:
         found += list(loader)
     found += list(data.loader("val"))
     seen = [[b.tokens, b.loss_mask, b.pixels, b.names, b.references, b.questions] for b in found]
-    return [*seen, data.traces("train"), data.identity(), data.rows("train").asked, data.rows("train").languages]
+    return [*seen, data.fingerprints("train"), data.identity(), data.rows("train").asked, data.rows("train").languages]
 
 
 def refuse(*_: object) -> None:

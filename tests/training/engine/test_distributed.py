@@ -29,8 +29,8 @@ from mmtransformer.training.engine.checkpoints import read
 from mmtransformer.training.engine.guard import NonFiniteError
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import OptimConfig
+from mmtransformer.training.engine.recompute_and_compile import checkpoint_activations
 from mmtransformer.training.engine.sharded import Sharded, number_format, shard
-from mmtransformer.training.engine.speed import checkpoint_activations
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 from support.processes import pair

@@ -20,7 +20,7 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
-from mmtransformer.metrics.bigrams import BigramBaseline
+from mmtransformer.metrics.bigram_baseline import BigramBaseline
 from mmtransformer.training import MaskedLanguageModeling, OptimConfig, Run
 from mmtransformer.training.evaluation.masked_scores import fill_in, fit_bigrams, score_masked
 

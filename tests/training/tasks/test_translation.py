@@ -15,7 +15,7 @@ from mmtransformer.cli import main
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.meaning import Facts
-from mmtransformer.data.scenes.parallel import Parallel, ParallelTable, SceneTranslations, plain_caption
+from mmtransformer.data.scenes.parallel_texts import Parallel, ParallelTable, SceneTranslations, plain_caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.translation import PairCollate, TranslationData, TranslationRows
 from mmtransformer.generation.config import GenerationConfig

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.captioners.public.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hub_captioner import HubCaptioner
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
 from support.hub import pairs

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.captioners.public.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hub_captioner import HubCaptioner
 from mmtransformer.data.loading.dataset import Collate, Sample
 from mmtransformer.data.loading.rows import CaptionRow
 from mmtransformer.data.loading.source import Caption

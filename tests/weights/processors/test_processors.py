@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from mmtransformer.weights.processors.generation_config import read_ends, read_search, read_start
 from mmtransformer.weights.processors.pixels import read_pixels
-from mmtransformer.weights.processors.settings import read_ends, read_search, read_start
 from mmtransformer.weights.processors.templates import ChatTemplate
 from support.public import byte_level, pictures
 

@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from mmtransformer.data.scenes.facts import Rates, judge_facts
+from mmtransformer.data.scenes.facts_from_image import find_objects, read
 from mmtransformer.data.scenes.meaning import Facts
-from mmtransformer.data.scenes.reader import find_objects, read
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import Relation, SceneWorld
 

@@ -42,7 +42,7 @@ def text_sum(name: str, said: Iterable[object]) -> int:
     return zlib.crc32("\0".join([name, *map(str, said)]).encode("utf-8", "surrogatepass"))
 
 
-def traces(parts: Parts) -> Tensor:
+def fingerprints(parts: Parts) -> Tensor:
     """What a split's data are now.
 
     Args:
@@ -65,7 +65,7 @@ def changes(was: Tensor, now: Tensor, parts: Parts) -> str:
     """What has changed, in words; "" if nothing has.
 
     Args:
-        was: What `traces` gave for a split.
+        was: What `fingerprints` gave for a split.
         now: What it gives now.
         parts: The split, for names.
     """

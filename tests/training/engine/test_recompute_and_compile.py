@@ -16,7 +16,7 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.training.callbacks.throughput import Throughput, gemm_rate
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import OptimConfig
-from mmtransformer.training.engine.speed import blocks, checkpoint_activations, compile_blocks
+from mmtransformer.training.engine.recompute_and_compile import blocks, checkpoint_activations, compile_blocks
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmtransformer.backbones.towers.packed import PackedImages, packed_features
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_variants.packed import PackedImages, packed_features
 
 
 def pad_images(images: Sequence[Sequence[Tensor]], patch_size: int) -> tuple[Tensor, Tensor]:

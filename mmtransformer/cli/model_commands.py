@@ -123,7 +123,7 @@ def _export(name: str, words: Sequence[str]) -> int:
     args.model = _model(parser, args)
 
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
-    from mmtransformer.weights.public import FAMILIES, captioner_family, export_captioner
+    from mmtransformer.weights.captioner_folders import FAMILIES, captioner_family, export_captioner
 
     model = ImageCaptioner.from_pretrained(args.model, device="cpu")
     out = Path(args.out)

@@ -18,7 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmtransformer.cli.plan import run
 from mmtransformer.data.loading.sampler import IndexSampler
-from mmtransformer.training.callbacks.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
+from mmtransformer.training.callbacks.memory_estimate import (
+    LiveBytes,
+    Needs,
+    Watch,
+    extended,
+    longest_soon,
+    private_bytes,
+)
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, limit_kernel_cache
 from mmtransformer.training.tasks.captioning import Captioning
@@ -122,7 +129,7 @@ def test_the_number_of_kernels_that_is_set_stays(monkeypatch: pytest.MonkeyPatch
 
 GROWTH = """
 import torch
-from mmtransformer.training.callbacks.plan import private_bytes
+from mmtransformer.training.callbacks.memory_estimate import private_bytes
 from mmtransformer.training.engine.precision import set_up_process
 
 torch.set_num_threads(1)
@@ -230,7 +237,7 @@ class Lengths(pl.LightningModule):
 def test_unlike_lengths_come_to_as_many_kernels_as_are_kept(
     lengths: list[int], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mmtransformer.training.callbacks.plan._keeps_kernels", lambda _: True)
+    monkeypatch.setattr("mmtransformer.training.callbacks.memory_estimate._keeps_kernels", lambda _: True)
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         monkeypatch.setenv(name, str(KERNELS))
     watch = Watch()

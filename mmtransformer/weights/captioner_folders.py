@@ -24,9 +24,9 @@ from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types
 from mmtransformer.weights.dual_encoders.dual import DUAL_TYPES
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
+from mmtransformer.weights.processors.generation_config import read_search
 from mmtransformer.weights.processors.pixels import to_preprocess_cfg, to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
-from mmtransformer.weights.processors.settings import read_search
 from mmtransformer.weights.shared.folders import read_tensors
 
 _CARD = "README.md"

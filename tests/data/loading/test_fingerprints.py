@@ -15,7 +15,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.classes import ClassData
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.interleaved_data import InterleavedData
-from mmtransformer.data.loading import traces
+from mmtransformer.data.loading import fingerprints
 from mmtransformer.data.loading.module import DataModule
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.texts import TextData
@@ -64,19 +64,19 @@ def test_what_has_changed_is_told_by_name(root: Path) -> None:
     outside = data(root).pairs("val").name(0)
     os.utime(root / outside, (2e9, 2e9))
     assert f"the files of 1 picture ({outside}) of 'val'" in told(root, state)
-    assert told(root, {key: value for key, value in state.items() if key != "traces"}) == ""  # of a run of before
+    assert told(root, {key: value for key, value in state.items() if key != "fingerprints"}) == ""  # of a run of before
 
 
 def test_another_number_of_pictures_is_told(root: Path) -> None:
     state = data(root).state_dict()
-    state["traces"]["val"] = state["traces"]["val"][:-1]
+    state["fingerprints"]["val"] = state["fingerprints"]["val"][:-1]
     count = len(data(root).pairs("val"))
     assert f"{count - 1} pictures have become {count} of 'val'" in told(root, state)
 
 
 def test_of_very_many_files_some_are_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "_MOST_FILES", 4)
-    found = data(root).traces("train")
+    monkeypatch.setattr(fingerprints, "_MOST_FILES", 4)
+    found = data(root).fingerprints("train")
     assert found is not None
     assert 2 <= int((found[:, 1] != 0).sum()) <= 4
     assert (found[:, 0] != 0).all()

@@ -30,7 +30,7 @@ class ProcessLost(ValueError):
     """A process of the run does not answer any more; the message names it and says what is saved."""
 
 
-class Signs:
+class Heartbeats:
     """The signs of life of a run's processes: a file each in a folder that all of them see.
 
     Args:
@@ -44,9 +44,9 @@ class Signs:
         self._count = 0
         self._seen: dict[int, tuple[str, float]] = {}  # of each other: its last sign, and when it was new here
         folder.mkdir(parents=True, exist_ok=True)
-        self.give()
+        self.beat()
 
-    def give(self) -> bool:
+    def beat(self) -> bool:
         """Gives a sign; whether that could be done: on a disk that fails all others look lost."""
         self._count += 1
         try:
@@ -110,13 +110,13 @@ def watched(
             say(f"the last step could not be saved: {error}", file=sys.stderr)
         return f"--resume goes on ({last_checkpoint.path})" if last_checkpoint.path.exists() else "Nothing is saved yet"
 
-    signs = Signs(folder / ".processes", trainer.global_rank, trainer.world_size)
+    signs = Heartbeats(folder / ".processes", trainer.global_rank, trainer.world_size)
     ended, signalled = threading.Event(), threading.Event()
 
     def watch() -> None:
         beats = 0  # since a signal, for a batch
         while not ended.wait(BEAT):
-            alive = signs.give()
+            alive = signs.beat()
             signs.look()
             # After a signal nobody waits: the step that was to be finished first never will be.
             limit = min(timeout or 5 * BEAT, 5 * BEAT) if signalled.is_set() else timeout

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mmtransformer.metrics.ngram import NGram, discounts
+from mmtransformer.metrics.ngram_baseline import NGram, discounts
 
 VOCAB = 7
 

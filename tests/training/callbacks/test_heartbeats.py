@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtransformer.training.callbacks.processes import Signs
+from mmtransformer.training.callbacks.heartbeats import Heartbeats
 from mmtransformer.training.engine.checkpoints import read
 from support.recipes import RECIPES
 
@@ -18,14 +18,14 @@ from support.recipes import RECIPES
 def test_who_gives_no_sign_is_named_and_who_is_slow_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    signs = [Signs(tmp_path / "s", rank, 3) for rank in range(3)]
+    signs = [Heartbeats(tmp_path / "s", rank, 3) for rank in range(3)]
     for _ in range(4):
         now[0] += 2
-        signs[1].give()  # 2 is frozen
+        signs[1].beat()  # 2 is frozen
         signs[0].look()
     (said,) = signs[0].silent(5)
     assert re.match(rf"process 2 \(number {os.getpid()} on .+\), silent for 6 s", said)
-    signs[2].give()
+    signs[2].beat()
     signs[0].look()
     assert signs[0].silent(5) == []
     for one in signs:
