@@ -29,7 +29,7 @@ from mmtransformer.serialization.uses import other_kind
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
-FORMAT_VERSION = 4  # Of folders: what config.json and model.safetensors hold, and how it is named.
+FORMAT_VERSION = 5  # Of folders: what config.json and model.safetensors hold, and how it is named.
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mmtransformer.serialization.pretrained import (
 from mmtransformer.weights.shared.folders import read_tensors
 
 ADAPTER = "adapter.safetensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _A, _B = ".lora_A", ".lora_B"
 
 

@@ -179,6 +179,23 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
             "model.captioner.vision.block.drop",
             "model.captioner.vision.block.dropout",
         ),
+        # Names that transformers or older versions have for the same.
+        (
+            ["--config=flamingo_scenes", "--model.captioner.cross_layer_interval=2"],
+            "model.captioner.cross_layer_interval (mmtransformer.Flamingo has none)",
+            "cross_attn_every_n_layers",
+        ),
+        (
+            ["--config=flamingo_scenes", "--model.captioner.gated.mlp=relu"],
+            "model.captioner.gated.mlp",
+            "model.captioner.gated.activation",
+        ),
+        (
+            ["--config=few_shot_scenes", "--data.max_len=80"],
+            "data.max_len (mmtransformer.data.InterleavedData has none)",
+            "row_len",
+        ),
+        (["--config=llava.yaml"], "model.captioner.connector (mmtransformer.Llava has none)", "projector"),
     ],
 )
 def test_a_mistyped_key_is_named_whole(
@@ -188,6 +205,10 @@ def test_a_mistyped_key_is_named_whole(
     Path("keys.yaml").write_text("data: {read: {encodng: cp949}}\n")
     Path("short.yaml").write_text("data: {init_args: {loader: {num_worker: 2}}}\n")
     Path("trainer.yaml").write_text("trainer: {max_step: 2}\n")
+    connector = "{class_path: mmtransformer.MLPProjector, init_args: {visual_dim: 8, dim: 8}}"
+    captioner = f"{{class_path: mmtransformer.Llava, init_args: {{connector: {connector}}}}}"
+    task = f"{{class_path: mmtransformer.training.Captioning, init_args: {{captioner: {captioner}}}}}"
+    Path("llava.yaml").write_text(f"model: {task}\n")
     code, _, err = mmt(capsys, "fit", "--config", "finetune_pairs", "--data.source=captions.csv", *words)
     assert code == 2
     assert f'no such key: {key}; did you mean "{meant}"?' in err

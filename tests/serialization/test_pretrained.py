@@ -562,14 +562,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (4, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (5, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (3, 5, None):
+    for version in (4, 6, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 4: train it again"):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 5: train it again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

@@ -16,7 +16,7 @@ OTHER_NAMES = {
     "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
     "ema": "ema_decay", "language": "default_language", "cross_dim": "context_dim", "visual_dim": "context_dim",
     "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
-    "--index": "--images",
+    "--index": "--images", "mlp": "activation", "max_len": "row_len",
 }  # fmt: skip
 """What settings are called elsewhere -> here."""
 
@@ -27,8 +27,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
     front, _, last = word.rpartition(".")
     if other := OTHER_NAMES.get(last):
         mine = [key for key in known if key.rpartition(".")[2] == other]
-        if mine or front:
-            return f'; did you mean "{mine[0] if mine else f"{front}.{other}"}"?'
+        if mine:
+            beside = f"{front}.{other}"
+            return f'; did you mean "{beside if beside in mine else mine[0]}"?'
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 
@@ -75,6 +76,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
         front = "".join(f"{name}." for name in trail)
         inside = [f"{front}{name}" for name in _nested(owner)]
         known = arguments_of(owner)
+        if word.partition(".")[0] not in known:  # of connector.init_args.dim the connector
+            word = word.partition(".")[0]
         near = suggest(word, known) or _suggest_last(word, inside) or (f"; it has {', '.join(known)}" if known else "")
         return f"no such key: {front}{word} ({owner} has none){near}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):

@@ -24,7 +24,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 SUFFIX = ".ckpt"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """What stands in a checkpoint and how; one more with every change after which a run could not go on."""
 _SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

@@ -176,7 +176,7 @@ def test_an_adapter_stands_on_its_base_alone(
         file.write(b"\0")
     assert "damaged, or written anew" in said(broken)
     point(newer, format_version=9)
-    assert "no adapter of format_version 3" in said(newer)
+    assert "no adapter of format_version 4" in said(newer)
     peft = tmp_path / "peft"
     peft.mkdir()
     (peft / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
@@ -261,7 +261,7 @@ def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
 
     every = learn()
     assert not [name for name in every if name.startswith(("vision.blocks.1.", "vision.norm."))]
-    assert {name.partition(".")[0] for name in every} == {"vision", "connector", "decoder"}
+    assert {name.partition(".")[0] for name in every} == {"vision", "projector", "decoder"}
     last = learn(method="last_blocks", num_blocks=1, parts=["vision", "decoder"])
     assert {".".join(name.split(".")[:3]) for name in last} == {
         "vision.blocks.0",
@@ -269,7 +269,7 @@ def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
         "decoder.last_norm.weight",
     }
     products = learn(method="lora", rank=3, alpha=6.0, target_modules=["k_proj"], parts=["decoder", "connector"])
-    assert {name.partition(".")[0] for name in products} == {"connector", "decoder"}
+    assert {name.partition(".")[0] for name in products} == {"projector", "decoder"}
     assert all("lora" in name for name in products if name.startswith("decoder"))
 
 
