@@ -85,7 +85,7 @@ class Files:
         self.refused_folders: set[str] = set()
         asked = ""
         with tqdm(
-            desc=f"listing {given.name}", unit=" files", leave=False, dynamic_ncols=True, disable=not progress
+            desc=f"listing {self.root.name}", unit=" files", leave=False, dynamic_ncols=True, disable=not progress
         ) as bar:
             if self.root.is_dir():
                 self._walk("", bar)
@@ -120,12 +120,23 @@ class Files:
         names = (nfc(entry.path).rpartition("/")[2] for entry in self.entries)
         return {name.rpartition(".")[0] for name in names if name.lower().endswith(IMAGES)}
 
+    @cached_property
+    def own_texts(self) -> bool:
+        """Whether pictures have texts of their own, beside them and of their names."""
+        ends = [nfc(entry.path).rpartition(".") for entry in self.entries]
+        pictures = {stem for stem, _, end in ends if f".{end.lower()}" in IMAGES}
+        return any(stem in pictures for stem, _, end in ends if end.lower() in ("txt", "caption"))
+
     def _prepare(self) -> None:
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock", "image_ids")}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_handles", "_lock", "image_ids", "own_texts")
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

@@ -170,7 +170,10 @@ def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
     name = plain_name(entry.path)
     if _is_table(files, entry, wanted):
         return Manifest(entry, "csv")
-    if not name.endswith((".txt", ".json", ".jsonl", ".ndjson")) or OTHERS.search(name) or entry.size > MAX_BYTES:
+    if OTHERS.search(name):
+        kind = _of_labels(files, entry, wanted)
+        return Manifest(entry, kind) if kind else None
+    if not name.endswith((".txt", ".json", ".jsonl", ".ndjson")) or entry.size > MAX_BYTES:
         return None
     if nfc(entry.path).rpartition("/")[2].partition(".")[0] in files.image_ids:
         return None
@@ -180,8 +183,7 @@ def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
         return Manifest(entry, found) if found else None
     try:
         if not name.endswith(".json"):
-            first = next((value for _, value, error in json_lines(files.read_text(entry)[:65536], "") if not error), 0)
-            return Manifest(entry, "jsonl") if fits([first], wanted) else None
+            return Manifest(entry, "jsonl") if _of_lines(files, entry, wanted) else None
         shape = json_shape(load_json(files, entry), wanted, files.image_ids)
     except ValueError:
         return None
@@ -219,7 +221,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
         if files.selected is not None:
             inside = inside or files.split_of(entry) is not None or name.endswith((".parquet", *ARROW))
         if inside and OTHERS.search(name):  # "labels.csv" may be the captions
-            kind = "csv" if _is_table(files, entry, wanted) else _by_picture(files, entry, wanted, entries)
+            kind = "csv" if _is_table(files, entry, wanted) else _of_labels(files, entry, wanted)
             found += [Manifest(entry, kind)] if kind is not None and format in ("auto", kind) else []
         elif inside and name.endswith(SUFFIXES):
             kind = _format_of(files, entry, wanted)
@@ -228,21 +230,31 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
     return found
 
 
-def _by_picture(files: Files, entry: Entry, wanted: Wanted, entries: Sequence[Entry]) -> str | None:
-    """Whether JSON called like something else ("labels.json") gives pictures that have no texts of their own theirs."""
-    if not plain_name(entry.path).endswith(".json") or entry.size > MAX_BYTES:
+def _of_labels(files: Files, entry: Entry, wanted: Wanted) -> str | None:
+    """The format of JSON called like something else ("labels.json") that gives captions to pictures without texts."""
+    name = plain_name(entry.path)
+    if not name.endswith((".json", ".jsonl", ".ndjson")) or entry.size > MAX_BYTES or files.own_texts:
         return None
-    stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith((".txt", ".caption"))}
-    pictures = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
+    if not name.endswith(".json"):
+        return _of_lines(files, entry, wanted)
     try:
         data = load_json(files, entry)
     except ValueError:
         return None
-    named = isinstance(data, dict) and {str(key).rpartition("/")[2].rpartition(".")[0] for key in map(nfc, data)}
-    if not named or stems & pictures or len(named & {stem.rpartition("/")[2] for stem in pictures}) * 2 < len(named):
-        return None
     shape = json_shape(data, wanted, files.image_ids)
-    return "json" if shape and shape.format == "json" and fits(shape.data, wanted) else None
+    if shape is None or (shape.format == "json" and not fits(shape.data, wanted)):
+        return None
+    if shape.format == "json" and isinstance(data, dict) and not shape.key:  # its own keys are pictures, or columns
+        named = {str(key).rpartition("/")[2].rpartition(".")[0] for key in map(nfc, data)}
+        if len(named & files.image_ids) * 2 < len(named):
+            return None
+    return shape.format
+
+
+def _of_lines(files: Files, entry: Entry, wanted: Wanted) -> str | None:
+    """The format "jsonl", of lines of which the first names a picture and its caption."""
+    first = next((value for _, value, error in json_lines(files.read_text(entry)[:65536], "") if not error), 0)
+    return "jsonl" if fits([first], wanted) else None
 
 
 def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) -> str | None:

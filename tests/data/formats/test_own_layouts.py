@@ -28,6 +28,37 @@ def test_labels_json_by_picture_is_read(tmp_path: Path) -> None:
     assert sorted(map(str, found.languages)) == ["en", "ko"]
 
 
+@pytest.mark.parametrize("name", ["labels.json", "라벨링데이터/labels_01.json", "meta/dataset.labels.json"])
+@pytest.mark.parametrize("shape", ["list", "below a key", "COCO", "lines"])
+def test_labels_in_a_list_are_read(name: str, shape: str, tmp_path: Path) -> None:
+    names = pictures(tmp_path / "원천데이터")
+    rows = [
+        {"file_name": name, "caption_ko": f"{i}번 사진", "caption_en": f"photo {i}"} for i, name in enumerate(names)
+    ]
+    path = tmp_path / (name.removesuffix("json") + ("jsonl" if shape == "lines" else "json"))
+    path.parent.mkdir(exist_ok=True)
+    said: object = rows
+    if shape == "below a key":
+        said = {"info": {"name": "한국어"}, "data": rows}
+    elif shape == "COCO":
+        images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+        notes = [{"id": i, "image_id": i, "caption": f"{i}번 사진"} for i in range(len(names))]
+        said = {"images": images, "annotations": notes}
+    lines = "\n".join(map(json.dumps, rows)) if shape == "lines" else json.dumps(said)
+    path.write_text(lines, "utf-8")
+    found = PairFiles(tmp_path)
+    assert f"6 pictures, {6 if shape == 'COCO' else 12} captions" in found.describe()
+    assert "0번 사진" in [caption.text for caption in found.split("train").captions(0)]
+
+
+def test_labels_beside_texts_are_left_alone(tmp_path: Path) -> None:
+    for name in (names := pictures(tmp_path)):
+        (tmp_path / name).with_suffix(".txt").write_text("사진 한 장", "utf-8")
+    rows = [{"file_name": name, "caption": "cat"} for name in names]
+    (tmp_path / "labels.json").write_text(json.dumps(rows), "utf-8")
+    assert PairFiles(tmp_path).describe().startswith("pictures with text files: 6 pictures, 6 captions; ")
+
+
 def test_labels_json_of_classes_is_left_alone(tmp_path: Path) -> None:
     for name in pictures(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text("사진 한 장", "utf-8")
