@@ -130,7 +130,7 @@ def test_a_prompt_has_the_form_of_a_document(choose: str) -> None:
         assert all(("그림" in text) == (language == "ko") for text in said)
         # the same ids, and the same view of pictures, as a document of these pictures and texts
         document = Document(("", *said, "x"), language)
-        (piece,) = DocumentRows(OneDocument(document), tok, max_len=256).row(0)
+        (piece,) = DocumentRows(OneDocument(document), tok, row_len=256).row(0)
         whole = lay_out([piece], batch.tokens.new_tensor(tok.image_token_id).item())  # type: ignore[arg-type]
         q = int(batch.attention_mask[row].sum())
         assert batch.tokens[row, -q:].tolist() == whole.tokens[:q].tolist()
