@@ -1,6 +1,7 @@
 """Batch: tensors that travel together."""
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -29,6 +30,22 @@ def as_mask(mask: Tensor, name: str) -> Tensor:
         others = "" if mask.is_floating_point() else " with others"
         raise ValueError(f"{name} must be bool (True = yes), or whole numbers 0 or 1; got {mask.dtype}{others}")
     return mask.bool()
+
+
+def check_shape(x: Tensor | None, name: str, shape: Sequence[int], of: str) -> None:
+    """Refuses a mask of another shape than what it is a mask of: torch would stretch one row or column over all.
+
+    Args:
+        x: the mask, or numbers that stand beside tokens as one does; None = there is none.
+        name: what it is called.
+        shape: the shape that it must have.
+        of: what has that shape.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if x is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} {tuple(x.shape)} is not of the {of} {tuple(shape)}")
 
 
 def with_images(pixels: Tensor) -> Tensor:

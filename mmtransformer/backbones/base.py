@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.batch import as_mask
+from mmtransformer.batch import as_mask, check_shape
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.masks import Mask
@@ -62,11 +62,8 @@ def check_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None
             f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
         )
         raise ValueError(f"tokens are a tensor (b q) of ids, torch.int64, not {given}")
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is not of the tokens {tuple(tokens.shape)}")
-    return as_mask(attention_mask, "attention_mask")
+    check_shape(attention_mask, "attention_mask", tokens.shape, "tokens")
+    return None if attention_mask is None else as_mask(attention_mask, "attention_mask")
 
 
 class DecoderState:

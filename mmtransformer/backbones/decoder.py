@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, check_tokens, vocabulary_error
 from mmtransformer.backbones.encoder import MLMHead
+from mmtransformer.batch import check_shape
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
@@ -292,9 +293,8 @@ class TextDecoder(Pretrained, Decoder):
         if state is not None and state.context is not None and context is None:
             context, context_mask = state.context, state.context_mask
         if (context is None) != (self.context_dim is None):
-            has = "has no" if self.context_dim is None else "has"
-            given = "no context was given" if context is None else "a context was given"
-            raise ValueError(f"this decoder {has} cross-attention, but {given}")
+            has, given = ("has no", "a context was") if self.context_dim is None else ("has", "no context was")
+            raise ValueError(f"this decoder {has} cross-attention, but {given} given")
         if isinstance(context, Tensor):
             if context.ndim != 3 or context.shape[-1] != self.context_dim:
                 raise ValueError(f"a context is (n k {self.context_dim}), not {tuple(context.shape)}")
@@ -302,9 +302,9 @@ class TextDecoder(Pretrained, Decoder):
         if context is not None and len(context) != (count := self.depth // self.cross_attn_every_n_layers):
             raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")
         contexts, seen = iter(context or ()), None
-        if context_mask is not None:
-            each = x.shape[0] // context_mask.shape[0]
-            seen = context_mask.repeat_interleave(each, 0)[:, None]
+        if context is not None and context_mask is not None:
+            check_shape(context_mask, "context_mask", context[0].k.shape[::2], "context")
+            seen = context_mask.repeat_interleave(x.shape[0] // context_mask.shape[0], 0)[:, None]
         if state is not None:
             if not state.length and context is not None:
                 state.context, state.context_mask = list(context), context_mask

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import State
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_variants.padded import pad_images, padded_features, token_mask
-from mmtransformer.batch import Batch, as_mask, with_images
+from mmtransformer.batch import Batch, as_mask, check_shape, with_images
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -109,19 +109,14 @@ class CaptionBatch(Batch):
 
     def pick_images(self, order: Tensor) -> Self:
         """The batch with other images in its samples' places: numbers (b i) among all of its b * i, read in a row."""
-        kept: dict[str, Tensor] = {}
-        for name in ("pixels", "visual_tokens", "patch_grids"):
-            if (x := getattr(self, name)) is not None:
-                kept[name] = x.flatten(0, 1)[order.to(x.device)]
+        images = {name: getattr(self, name) for name in ("pixels", "visual_tokens", "patch_grids")}
+        kept = {name: x.flatten(0, 1)[order.to(x.device)] for name, x in images.items() if x is not None}
         return replace(self, **kept)
 
     def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every row."""
-        kept: dict[str, Tensor] = {}
-        for name in _TOKEN_FIELDS:
-            if (x := getattr(self, name)) is not None:
-                kept[name] = x[:, :length]
-        return replace(self, **kept)
+        texts = {name: getattr(self, name) for name in _TOKEN_FIELDS}
+        return replace(self, **{name: x[:, :length] for name, x in texts.items() if x is not None})
 
 
 @dataclass(frozen=True)
@@ -376,8 +371,8 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
 
     Raises:
         TypeError: of what is no batch, such as a tensor of pixels alone.
-        ValueError: if masks are not of the tokens, a row is longer than the captioner can read, or (on a CPU: elsewhere
-            it would be a wait for the device) has padding that is not at its end.
+        ValueError: if masks are not of the tokens or images, a row is longer than the captioner can read, or (on a CPU:
+            elsewhere it would be a wait for the device) has padding that is not at its end.
     """
     if not hasattr(batch, "attention_mask"):
         what = "tensor" if isinstance(batch, Tensor) else type(batch).__name__
@@ -386,9 +381,13 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
             f"loader makes such batches; what writes texts for pictures alone is ImageCaptioner"
         )
     mask, given = batch.attention_mask, [batch.tokens, batch.attention_mask, batch.loss_mask]
-    if any(x.ndim != 2 or x.shape[1] != batch.tokens.shape[1] for x in given):
+    if any(x.ndim != 2 or x.shape != batch.tokens.shape for x in given):
         each = "{}, {} and {}".format(*([*x.shape] for x in given))
         raise ValueError(f"tokens, attention_mask and loss_mask are (n q), all alike, not {each}")
+    for name in _DOCUMENTS:
+        check_shape(getattr(batch, name), name, batch.tokens.shape, "tokens")
+    if batch.pixels is not None:
+        check_shape(batch.image_mask, "image_mask", batch.pixels.shape[:2], "images")
     if mask.shape[1] > captioner.max_len:
         way = f"let CaptionData(max_len={captioner.max_len}) cut them, or give the decoder a larger max_len"
         raise ValueError(f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most: {way}")

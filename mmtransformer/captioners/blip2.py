@@ -75,6 +75,8 @@ class Blip2(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision, train_norm=train_norm)
+        if not isinstance(qformer, QFormer):
+            raise ValueError(f"qformer must be a QFormer, not a {type(qformer).__name__}")
         if qformer.visual_dim != vision.dim:
             raise ValueError(
                 f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision encoder's dim ({vision.dim})"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import vocabulary_error
+from mmtransformer.batch import check_shape
 from mmtransformer.connectors.qformer_block import Mode, QFormerBlock, mode_mask
 from mmtransformer.layers.blocks import real_places
 from mmtransformer.layers.cache import KeyValue
@@ -176,7 +177,7 @@ class QFormer(Pretrained, nn.Module):
         """
         if tokens is None:
             return self.encode_queries(visual, visual_mask).queries
-        found = self._visual(visual)
+        found = self._visual(visual, visual_mask)
         each = _copies(tokens.shape[0], found[0].k.shape[0])
         seen = None if visual_mask is None else visual_mask.repeat_interleave(each, 0)[:, None]
         return self._joint(found, tokens, attention_mask, keep_text=False, visual_mask=seen)[0]
@@ -188,7 +189,7 @@ class QFormer(Pretrained, nn.Module):
             visual: visual tokens (n p visual_dim), or their `project_visual`.
             visual_mask: (n p) bool, which visual tokens are real; None = all.
         """
-        found, real = self._visual(visual), None if visual_mask is None else visual_mask[:, None]
+        found, real = self._visual(visual, visual_mask), None if visual_mask is None else visual_mask[:, None]
         n, memory = found[0].k.shape[0], []
         x = self.norm(self.query_tokens)
         if self.training and self.dropout:
@@ -217,7 +218,7 @@ class QFormer(Pretrained, nn.Module):
         Raises:
             ValueError: if the text is too long, or this Q-Former has no text stream.
         """
-        x = self.drop(self.norm(self._embed(tokens)))
+        x = self.drop(self.norm(self._embed(tokens, attention_mask)))
         mask: Mask | None = (
             None if attention_mask is None else attention_mask[:, None, :].expand(-1, tokens.shape[1], -1)
         )
@@ -270,7 +271,7 @@ class QFormer(Pretrained, nn.Module):
         visual_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, l = tokens.shape[0], self.num_queries
-        x = torch.cat((self.query_tokens.expand(b, -1, -1), self._embed(tokens)), dim=1)
+        x = torch.cat((self.query_tokens.expand(b, -1, -1), self._embed(tokens, attention_mask)), dim=1)
         x = self.drop(self.norm(x))
         mask, real = (
             None if attention_mask is None else mode_mask("bidirectional", l, attention_mask),
@@ -308,16 +309,18 @@ class QFormer(Pretrained, nn.Module):
     def _each(self) -> Iterator[tuple[int, QFormerBlock]]:
         return enumerate(cast(Iterable[QFormerBlock], self.blocks))
 
-    def _visual(self, visual: Visual) -> dict[int, KeyValue]:
+    def _visual(self, visual: Visual, visual_mask: Tensor | None = None) -> dict[int, KeyValue]:
         projected = self.project_visual(visual) if isinstance(visual, Tensor) else visual
         layers = self.cross_layers
         if len(projected) != len(layers):
             raise ValueError(
                 f"keys and values for {len(projected)} blocks were given, but {len(layers)} read the image"
             )
+        check_shape(visual_mask, "visual_mask", projected[0].k.shape[::2], "visual tokens")
         return dict(zip(layers, projected, strict=True))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        check_shape(attention_mask, "attention_mask", tokens.shape, "text")
         if self.tok_embed is None or self.pos_embed is None:
             raise ValueError("this Q-Former has no text stream: build it with vocab_size")
         if tokens.shape[1] > self.max_len:

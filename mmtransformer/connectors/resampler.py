@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.batch import check_shape
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
@@ -109,13 +110,15 @@ class PerceiverResampler(Connector):
             (b i l d), normed.
 
         Raises:
-            ValueError: for another width or number of dimensions, or more frames or images than there are
-                embeddings for.
+            ValueError: for another width or number of dimensions, more frames or images than there are embeddings
+                for, or a mask of another shape.
         """
         if visual_tokens.ndim not in (4, 5) or visual_tokens.shape[-1] != self.dim:
             raise ValueError(
                 f"visual tokens are (b i p {self.dim}) or (b i t p {self.dim}), not {tuple(visual_tokens.shape)}"
             )
+        if visual_tokens.ndim == 4:
+            check_shape(mask, "mask", visual_tokens.shape[:3], "visual tokens")
         x = visual_tokens if visual_tokens.ndim == 5 else visual_tokens.unsqueeze(2)
         b, i, t = x.shape[:3]
         if t > (self.max_frames or 1):

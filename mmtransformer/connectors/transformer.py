@@ -4,6 +4,7 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from mmtransformer.backbones.patches import drop_tokens
+from mmtransformer.batch import check_shape
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
@@ -58,8 +59,10 @@ class TransformerConnector(Connector):
             mask: (... p) bool, which of them are real; None = all.
 
         Raises:
-            ValueError: if tokens are to be left out at random, where images have different numbers of them.
+            ValueError: if tokens are to be left out at random, where images have different numbers of them, or for a
+                mask of another shape.
         """
+        check_shape(mask, "mask", visual_tokens.shape[:-1], "visual tokens")
         visual_tokens, leading = pack([visual_tokens], "* p d")
         if self.training and self.token_dropout:
             if mask is not None:

@@ -77,6 +77,12 @@ class CLIP(Pretrained, nn.Module):
             raise ValueError(f'loss must be "softmax" or "sigmoid", not "{loss}"')
         if hardness < 0:
             raise ValueError(f"hardness ({hardness}) must be at least 0")
+        if not hasattr(vision, "forward_features"):
+            raise ValueError(f"vision must be a vision encoder, such as a ViT, not a {type(vision).__name__}")
+        if not isinstance(text, (TextTower, TextEncoder, TextEncoderTower)):
+            raise ValueError(
+                f"text must be a TextTower, a TextEncoder or a TextEncoderTower, not a {type(text).__name__}"
+            )
         if vision.num_classes:
             raise ValueError(f"the vision tower has a classifier of {vision.num_classes} classes, which none reads")
         self.vision, self.text, self.embed_dim, self.text_bias = vision, text, embed_dim, text_bias

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtransformer.batch import check_shape
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.base import BatchT, GenerationResult, GenerativeModel, Search
 from mmtransformer.generation.beam_search import Beams, BeamSearch
@@ -182,8 +183,7 @@ def check(
     ends: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
     if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ends):
         raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
-    if (shape := batch.attention_mask.shape) != batch.tokens.shape:
-        raise ValueError(f"attention_mask {tuple(shape)} is not of the tokens {tuple(batch.tokens.shape)}")
+    check_shape(batch.attention_mask, "attention_mask", batch.tokens.shape, "tokens")
     prompt, new = batch.tokens.shape[1], config.max_new_tokens
     if prompt + new > model.max_len:
         left = model.max_len - prompt

@@ -286,7 +286,8 @@ def test_images_without_places_stand_before_the_text() -> None:
     some = torch.tensor([[True, True, False], [True, False, False], [True] * 3])
     found = model.logits(replace(given, image_mask=some))
     for row, last in ((0, 1), (2, 0), (4, 2)):
-        alone = replace(batch(), tokens=given.tokens[row : row + 1], pixels=given.pixels[row // 2, last][None, None])
+        alone = replace(given.pick_images(torch.tensor([[row // 2 * 3 + last]])), tokens=given.tokens[row : row + 1])
+        alone = replace(alone, attention_mask=given.attention_mask[:1], loss_mask=given.loss_mask[:1])
         torch.testing.assert_close(found[row], model.logits(alone)[0], atol=1e-5, rtol=1e-5)
 
 

@@ -1,6 +1,8 @@
 """Batches that a loop of one's own may make: none of the rows, too many pictures, masks and prompts of other shapes."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 import torch
 
 from mmtransformer import (
+    CLIP,
     Blip2,
+    Blip2QFormer,
     CaptionBatch,
     Flamingo,
     GenerationConfig,
@@ -18,6 +22,8 @@ from mmtransformer import (
     PrefixCaptioner,
     QFormer,
     TextDecoder,
+    TextTower,
+    TransformerConnector,
     VisionEncoderDecoder,
     ViT,
     caption_loss,
@@ -104,6 +110,55 @@ def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
     for context in (torch.rand(2, 3, 9), torch.rand(3, 8)):
         with pytest.raises(ValueError, match=r"a context is \(n k 8\), not "):
             decoder(tokens, context)
+
+
+def test_masks_of_one_row_or_column_are_not_stretched_over_all() -> None:
+    """torch would broadcast them without a word."""
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    visual, text, context = torch.rand(2, 7, 24), torch.ones(2, 3, dtype=torch.long), torch.rand(2, 4, 8)
+    decoder, qformer = lm(context_dim=8), QFormer(3, 24, 1, 2, 24, vocab_size=9)
+    wrong = ((2, 1), (1, 7), (7,), (2, 6), (2, 2, 7))
+    for shape in wrong:
+        with pytest.raises(ValueError, match=r"visual_mask .* is not of the visual tokens \(2, 7\)"):
+            qformer(visual, visual_mask=ones(*shape))
+        with pytest.raises(ValueError, match=r"visual_mask .* is not of the visual tokens \(2, 7\)"):
+            qformer(visual, text, visual_mask=ones(*shape))
+        for read in (qformer.encode_text, partial(qformer.encode_pair, visual), partial(qformer, visual)):
+            with pytest.raises(ValueError, match=r"attention_mask .* is not of the text \(2, 3\)"):
+                read(text, ones(*shape))
+        with pytest.raises(ValueError, match=r"context_mask .* is not of the context \(2, 4\)"):
+            decoder(text, context, context_mask=ones(*shape))
+        for connector in (PerceiverResampler(24, 1, 2, 12, 3), TransformerConnector(24, 24, 1, 2)):
+            with pytest.raises(ValueError, match=r"mask .* is not of the visual tokens \(2, 1, 7\)"):
+                connector(visual[:, None], ones(*shape))
+    flamingo = CAPTIONERS["flamingo"]()
+    for shape in ((2, 4), (2, 6), (1, 5), (2, 1)):
+        with pytest.raises(ValueError, match=r"image_index .* is not of the tokens \(2, 5\)"):
+            caption_loss(flamingo, replace(batch(2), image_index=ones(*shape).long()))
+        with pytest.raises(ValueError, match=r"image_mask .* is not of the images \(2, 1\)"):
+            caption_loss(flamingo, replace(batch(2), image_mask=ones(*shape)[:, 0]))
+        with pytest.raises(ValueError, match=r"and loss_mask are \(n q\), all alike, not \[2, 5\]"):
+            caption_loss(flamingo, batch(2, masks={"loss_mask": ones(*shape)}))
+
+
+def test_parts_of_another_kind_are_named() -> None:
+    qformer = QFormer(3, 24, 1, 2, 24)
+    for other in (
+        lm(),
+        PerceiverResampler(24, 1, 2, 12, 3),
+        Blip2QFormer(vit(), QFormer(3, 24, 1, 2, 24, vocab_size=60)),
+    ):
+        with pytest.raises(ValueError, match=f"qformer must be a QFormer, not a {type(other).__name__}"):
+            Blip2(vit(), other, lm())  # pyright: ignore[reportArgumentType]
+    for other in (lm(), qformer, vit()):
+        with pytest.raises(ValueError, match=f"text must be a TextTower, .* not a {type(other).__name__}"):
+            CLIP(vit(), other)  # pyright: ignore[reportArgumentType]
+    tower = TextTower(60, dim=24, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match="vision must be a vision encoder, such as a ViT, not a TextTower"):
+        CLIP(tower, tower)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_no_batch_or_no_model_is_said() -> None:
