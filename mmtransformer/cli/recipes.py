@@ -58,11 +58,16 @@ def recipe_file(recipe: str) -> str:
     """The file of a recipe: a path, or the name of one of the library's, as "caption_scenes" or as a clone has it.
 
     Raises:
-        ValueError: If there is no such recipe, with one of a similar name, if there is one.
+        ValueError: If there is no such recipe, with one of a similar name, if there is one; of a run's folder, or of
+            its model's, with the run's.
     """
     path = Path(recipe)
     if path.is_file():
         return recipe
+    if path.is_dir():
+        near = next((f for f in (path / "config.yaml", path.parent / "config.yaml") if f.is_file()), None)
+        run = f"; the run's is {near}: name that" if near else ", not a recipe; mmt recipes lists the library's"
+        raise ValueError(f"{recipe}: a folder{run}")
     if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml"):
         own = folder() / f"{path.stem}.yaml"
         if own.is_file():

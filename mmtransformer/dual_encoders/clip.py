@@ -77,7 +77,7 @@ class CLIP(Pretrained, nn.Module):
             raise ValueError(f'loss must be "softmax" or "sigmoid", not "{loss}"')
         if hardness < 0:
             raise ValueError(f"hardness ({hardness}) must be at least 0")
-        if not hasattr(vision, "forward_features"):
+        if not hasattr(vision, "num_classes"):
             raise ValueError(f"vision must be a vision encoder, such as a ViT, not a {type(vision).__name__}")
         if not isinstance(text, (TextTower, TextEncoder, TextEncoderTower)):
             raise ValueError(

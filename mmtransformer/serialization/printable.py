@@ -47,6 +47,11 @@ def program() -> str:
     return quote(str(beside).removeprefix(here)) if beside.is_file() else f"{python} -m mmtransformer"
 
 
+def seen_from(path: Path) -> str:
+    """Of a path that is not there and begins with "..", where it was looked for, behind what is said of it."""
+    return f"; a relative path begins where the command runs, here {Path.cwd()}" if path.parts[:1] == ("..",) else ""
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number with what it counts: "1 picture", "2,000 pictures".
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from shlex import quote
 
-from mmtransformer.serialization.printable import program
+from mmtransformer.serialization.printable import program, seen_from
 
 _MODEL = "config.json"
 
@@ -37,7 +37,7 @@ def maker(folder: Path) -> str:
             return (
                 f"; where {name} is a recipe (`mmt recipes`), `{program()} fit --config {quote(name)}` leaves it there"
             )
-    return ""
+    return seen_from(folder)
 
 
 def refuse_file(file: Path) -> None:

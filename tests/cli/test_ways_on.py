@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.data.captions import CaptionData
@@ -71,6 +72,16 @@ def test_an_overlay_is_called_one(
     assert err == f"mmt fit: error: tiny.yaml names no model, so it is no recipe; {way}\n"
     code, out, err = mmt(capsys, *shlex.split(way.partition(f"{program()} ")[2]), "--print_config")
     assert (code, "class_path: " in out) == (0, True), err
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    for folder in ("run", "run/model"):
+        code, _, err = mmt(capsys, "fit", "--config", folder)
+        assert err == f"mmt fit: error: {folder}: a folder; the run's is run/config.yaml: name that\n"
+    (tmp_path / "run" / "config.yaml").unlink()
+    code, _, err = mmt(capsys, "fit", "--config", "run")
+    assert err == "mmt fit: error: run: a folder, not a recipe; mmt recipes lists the library's\n"
+    code, _, err = mmt(capsys, "fit", "--config", "translate_scenes", "--data.source", "run")
+    assert err == "mmt fit: error: run: a folder; name a table in it\n"
     code, _, err = mmt(capsys, "fit", "--config", "nosuch.yaml")
     assert err == "mmt fit: error: nosuch.yaml: no such recipe; mmt recipes lists the library's\n"
 
@@ -200,3 +211,33 @@ def test_an_empty_recipe_is_said_to_be_none(tmp_path: Path, capsys: pytest.Captu
         (tmp_path / "a.yaml").write_text(text, "utf-8")
         code, _, err = mmt(capsys, "fit", "--config", str(tmp_path / "a.yaml"))
         assert (code, said in err) == (2, True), err
+
+
+def test_a_path_that_climbs_says_from_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    way = f"; a relative path begins where the command runs, here {tmp_path}\n"
+    _, _, err = mmt(capsys, "caption", "a.png", "--model", "../saved")
+    assert err == f"mmt caption: error: ../saved: no such folder{way}"
+    _, _, err = mmt(capsys, "check", "../photos")
+    assert err == f"mmt check: error: ../photos does not exist{way}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("kind", ["gpu", "cuda"])
+def test_a_gpu_that_is_not_there(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = mmt(capsys, "fit", "--config", "caption_scenes", "--trainer.accelerator", kind)
+    told = "mmt fit: error: trainer.accelerator: torch finds no such device here; leave it out to use what there is"
+    assert (code, err.splitlines()[-1]) == (2, told)
+
+
+def test_data_without_anything_usable_are_not_to_be_allowed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "captions.csv").write_text("image,caption\nnone.png,a\nnor.png,b\n", "utf-8")
+    code, _, err = mmt(capsys, "evaluate", "--model", str(model), "--data", str(tmp_path))
+    assert (code, "without them nothing is left" in err, "--max-bad-fraction" in err) == (2, True, False)

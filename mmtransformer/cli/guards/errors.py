@@ -34,6 +34,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+_OTHERS = {
+    r"^(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)": "seed_everything ({}) must be from 0 to {}",
+    r"current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)\)": "trainer.max_epochs ({1}) is less than the "
+    "{0} that the run has done: give at least as many, or begin another with --trainer.default_root_dir DIR",
+    r"No supported gpu backend found|Accelerator` can not run on your system": "trainer.accelerator: torch finds no "
+    "such device here; leave it out to use what there is",
+}
+"""What other libraries say without a way out, and what is said in its place."""
+
+
 def one_line(error: BaseException) -> str | None:
     """The line to print for an error that a user can put right; None for one that is a fault of the program."""
     if isinstance(error, OSError):
@@ -43,8 +53,9 @@ def one_line(error: BaseException) -> str | None:
     if not named & {"ValueError", "MisconfigurationException", "ArgumentError"}:
         return None
     text = str(error)
-    if found := re.match(r"(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)", text):
-        return f"seed_everything ({found[1]}) must be from 0 to {found[2]}"
+    for pattern, way in _OTHERS.items():
+        if found := re.search(pattern, text):
+            return way.format(*found.groups())
     if "DataLoader worker process" in text:  # torch puts the worker's traceback into the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return text.strip() or type(error).__name__

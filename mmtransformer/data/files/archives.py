@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint, unpacked
 from mmtransformer.data.files.members import Entry, list_tar, list_zip, pread
 from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
+from mmtransformer.serialization.printable import seen_from
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
 _OPEN = 256  # archives that are kept open
@@ -76,7 +77,7 @@ class Files:
             self.selected = {nfc(path): split for path, split in root.splits.items()}
         given = Path(root).expanduser()
         if not given.exists():
-            raise ValueError(f"{given} does not exist")
+            raise ValueError(f"{given} does not exist{seen_from(given)}")
         self.root = given.resolve()
         self._bounds = _bounds(self.root)
         self.archives: list[str] = []

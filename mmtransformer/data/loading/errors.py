@@ -27,6 +27,8 @@ def allowed(total: int, fraction: float) -> int:
 
 def _more(bad: int, total: int) -> str:
     """Which key allows so many, and what it would have to be."""
+    if bad >= total:
+        return "without them nothing is left"
     percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
     share = f"{percent / 100:g}"
     return (
@@ -162,7 +164,7 @@ class BadImages:
                 f"{len(found):,} of {counted(self.total, 'picture')} can't be read ({share:.1%}, more than "
                 f"{self.max_fraction:.1%} allowed by max_bad_fraction). All are named in {self.path}. The first:\n"
                 f"{first}\n"
-                f"Repair or remove them, or do without: {_more(len(found), self.total)}"
+                f"Repair or remove them; {_more(len(found), self.total)}"
             )
 
     def names(self) -> Mapping[str, str]:

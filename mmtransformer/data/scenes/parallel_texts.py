@@ -188,7 +188,7 @@ def _whole(digits: str) -> int | str:
 def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The number and the cells of each row."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a folder; name a table in it' if path.is_dir() else 'no such file'}")
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: translations are read from .csv, .tsv and .jsonl files")
