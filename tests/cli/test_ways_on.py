@@ -1,13 +1,16 @@
 """What a beginner is told leads on: the commands that messages name are there, and fit what was typed."""
 
+import inspect
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
+from mmtransformer.cli.guards.errors import one_line
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.module import LoaderConfig
@@ -241,3 +244,10 @@ def test_data_without_anything_usable_are_not_to_be_allowed(
     (tmp_path / "captions.csv").write_text("image,caption\nnone.png,a\nnor.png,b\n", "utf-8")
     code, _, err = mmt(capsys, "evaluate", "--model", str(model), "--data", str(tmp_path))
     assert (code, "without them nothing is left" in err, "--max-bad-fraction" in err) == (2, True, False)
+
+
+def test_fewer_epochs_than_a_run_has_done() -> None:
+    said = "You restored a checkpoint with current_epoch=30, but you have set Trainer(max_epochs=12)."
+    assert "but you have set Trainer(max_epochs={" in inspect.getsource(checkpoint_connector)  # Lightning's words still
+    told = "trainer.max_epochs (12) is less than the 30 that the run has done: give at least as many, or begin another"
+    assert (one_line(ValueError(said)) or "").startswith(told)

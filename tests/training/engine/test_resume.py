@@ -493,9 +493,6 @@ def test_mmt_fit_resumes_by_itself(
         code, text = mmt("--resume", *more)
         said = f"nothing was left to train, as the run had reached trainer.{end} at step 3: a larger one goes on"
         assert (code, said in text) == (0, True), text
-    code, text = mmt("--resume", "--trainer.max_epochs=0")
-    told = "error: trainer.max_epochs (0) is less than the 1 that the run has done: give at least as many, or begin"
-    assert (code, told in text) == (2, True), text
     for report in reports:  # a run that goes on keeps what it has reported
         assert report.read_text("utf-8") == '{"name": "그림.png"}\n'
     code, text = mmt("--resume", "--model.captioner.decoder.depth=2")
