@@ -108,6 +108,10 @@ def test_help_is_quick() -> None:
         ([*FINETUNE, "--data.source=PAIRS", "--data.image=x.yaml"], 'did you mean "transform"?'),
         ([*FINETUNE, "--trainer.max_stesp=3"], 'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?'),
         (
+            [*FINETUNE, "--optim.lr=3"],
+            "no such key: --optim.lr; keys begin with model., data. or trainer.: see mmt fit",
+        ),
+        (
             [*FINETUNE, "--data.source=PAIRS", "--model.optim.lr=abc"],
             "model.optim.lr: Expected a <class 'float'>. Got value: abc",
         ),

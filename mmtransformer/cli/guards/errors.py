@@ -78,7 +78,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
         if not word.startswith("-"):
             return f'unexpected word "{word}"; keys are given as --key=value'
         if not classes:
-            return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
+            begin = "; keys begin with model., data. or trainer.: see mmt fit --model.help"
+            return f"no such key: {word}{suggest(word.lstrip('-'), keys) or begin}"
         return _below(".".join(trail), word.lstrip("-").replace("init_args.", ""), classes[-1])
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         if not classes:
