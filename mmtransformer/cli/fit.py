@@ -54,7 +54,8 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --data.batch_size N                  pictures per batch
   --data.loader.num_workers N          processes that load pictures
 
-  --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning
+  --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning (Captioning, CaptionData)
+  --model.captioner.vision.help CLASS      the same of a part, behind --config RECIPE (ViT)
   --print_config                           the whole configuration, resolved
   --debug                                  show the traceback of an error
 """

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
+from mmtransformer.cli import main
 from mmtransformer.cli.guards.errors import one_line
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files.read_options import ReadOptions
@@ -251,3 +252,36 @@ def test_fewer_epochs_than_a_run_has_done() -> None:
     assert "but you have set Trainer(max_epochs={" in inspect.getsource(checkpoint_connector)  # Lightning's words still
     told = "trainer.max_epochs (12) is less than the 30 that the run has done: give at least as many, or begin another"
     assert (one_line(ValueError(said)) or "").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--model.help ViT", 'model.help: "ViT" is no class that can stand there; of a part: --config RECIPE --model.'),
+        (
+            "--config caption_scenes --data.cache_features true",
+            'data.cache_features: "true" is no class that can stand there, and no settings: --data.cache_features.KEY',
+        ),
+        ("--config caption_scenes --trainer.logger tensorboard", 'trainer.logger: "tensorboard" is no class that can '),
+    ],
+)
+def test_a_word_in_the_place_of_a_class(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = mmt(capsys, "fit", *words.split())
+    assert (code, told in err, "Expected" in err) == (2, True, False), err
+
+
+def test_what_the_help_names_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ways = {
+        "--model.help Captioning": "label_smoothing",
+        "--config caption_scenes --model.captioner.vision.help ViT": "dim",
+    }
+    for words, argument in ways.items():
+        with pytest.raises(SystemExit):
+            main(["fit", *words.split()])
+        assert f".{argument} " in capsys.readouterr().out

@@ -107,6 +107,14 @@ def explain(message: str, keys: Iterable[str]) -> str:
         word = found[1] or found[2]
         known = [key for key in keys if key.endswith(word.rpartition(".")[2])] or keys
         return f"no such key: {word}{suggest(word, known)}"
+    if found := re.search(r"Expected a dot import path string: (.*)", message):
+        first = re.search(r"([\w.]+\.help)\b", message)
+        key, word = first[1] if first else ".".join(trail), found[1].strip()
+        if key.endswith(".help"):
+            way = f"; of a part: --config RECIPE --{key.removesuffix('help')}PATH.TO.PART.help {word}"
+        else:
+            way = f", and no settings: --{key}.KEY gives one of them, --print_config shows all"
+        return f'{key}: "{word}" is no class that can stand there{way}'
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     dull = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line for line in lines if not line.startswith(dull)]
