@@ -229,7 +229,7 @@ def test_a_path_that_climbs_says_from_where(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-@pytest.mark.parametrize("kind", ["gpu", "cuda"])
+@pytest.mark.parametrize("kind", ["gpu", "cuda"], ids=["any", "nvidia"])
 def test_a_gpu_that_is_not_there(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
