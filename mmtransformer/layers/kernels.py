@@ -76,7 +76,7 @@ def scaled_dot_product(
         eager = not torch.compiler.is_compiling()
         taken_apart = eager and torch._C._are_functorch_transforms_active()  # see `transformed`
         plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32 or taken_apart
-        plain = plain or head_by_head(q, q.shape[2] * k.shape[2])
+        plain = plain or (eager and q.shape[2] * k.shape[2] >= _HEAD and head_by_head(q))
         # "medium" is "highest" on a CPU that has no kernels for it.
         medium = plain or (eager and torch.get_float32_matmul_precision() == "medium")
         if plain or (medium and fast_in_bfloat16()):
@@ -138,7 +138,8 @@ def _plain_products(
         split = ((n, m) if rows == b else (1, 1)) + ((g, r) if heads == h else (1, 1))
         allowed = allowed.view(*split, *allowed.shape[2:]).permute(0, 2, 1, 3, 4, 5)
     shape = (n, g, m, r, count, keys)
-    if softcap is None and not dropout and head_by_head(q, m * r * count * keys):
+    eager = not torch.compiler.is_compiling()  # which would look at lengths anew for each
+    if eager and softcap is None and not dropout and m * r * count * keys >= _HEAD and head_by_head(q):
         out = q.new_empty(b, count, h, c).transpose(1, 2)  # as an output projection reads it
         _each_head(q, out.view(n, m, g, r, count, c).permute(0, 2, 1, 3, 4, 5), k, v, allowed)
         return out
@@ -160,11 +161,9 @@ def _plain_products(
     return out.reshape(b, h, count, c)
 
 
-def head_by_head(q: Tensor, scores: int) -> bool:
-    """Whether `_each_head` is the fastest for so many scores of a head: where no product by oneDNN helps, it is not."""
-    if torch.compiler.is_compiling() or not q.is_cpu or torch.is_grad_enabled():  # Lengths are not looked at there.
-        return False
-    return scores >= _HEAD and q.dtype.itemsize <= 4 and not watched() and fast_by_onednn()
+def head_by_head(q: Tensor) -> bool:
+    """Whether `_each_head` is the fastest for many scores: where no product by oneDNN helps, it is not."""
+    return q.is_cpu and q.dtype.itemsize <= 4 and not torch.is_grad_enabled() and not watched() and fast_by_onednn()
 
 
 def _each_head(q: Tensor, out: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> None:
