@@ -77,15 +77,15 @@ def run(name: str, words: Sequence[str]) -> int:
     by, bad = _caption(args, name, model, devices, pairs, count, codes, file)
     result = Evaluation(model.generation.updated(**generation_changes(args)))
     score_split(result, args.split, by, pairs)
-    say(result.table())
-    more = {}
+    told, more = [result.table()], {}
     if judge is not None:
         from mmtransformer.training.evaluation.clipscore import clip_scores, clip_table
 
         more = {"clip_scores": {args.split: clip_scores(judge, by, pairs, prefix=args.clip_prefix)}}
-        say(f"\n{clip_table(args.clip_score, args.split, more['clip_scores'][args.split])}")
-    if args.out:
+        told.append(clip_table(args.clip_score, args.split, more["clip_scores"][args.split]))
+    if args.out:  # before anything is printed, which `head` may cut
         write_json(Path(args.out), result.to_dict() | more)
+    say("\n\n".join(told))
     listed = ""
     if args.captions_out:
         path = Path(args.captions_out)

@@ -154,20 +154,24 @@ def _shown(path: str) -> str:
 
 
 def _show_found(index: "ImageIndex", found: "Sequence[Match]", args: argparse.Namespace) -> None:
+    if args.out:  # before anything is printed, which `head` may cut
+        folder = Path(args.model)  # a run's is called "model"
+        by = folder.resolve().parent.name if folder.name == "model" else folder.name
+        _draw(index, [found], args, f"{counted(len(index), 'picture')}, by {by}")
     for rank, match in enumerate(found, 1):
         if args.json:
             row = {"rank": rank, "image": _shown(match.path), "score": round(match.score, 6)}
             say(json_text(row))
         else:
             say(f"{match.score:.3f}  {_shown(match.path)}")
-    if args.out:
-        folder = Path(args.model)  # a run's is called "model"
-        by = folder.resolve().parent.name if folder.name == "model" else folder.name
-        _draw(index, [found], args, f"{counted(len(index), 'picture')}, by {by}")
 
 
 def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", args: argparse.Namespace) -> None:
     count = sum(map(len, groups))
+    more = f", of which {args.top_k:,} are shown (--top-k)" if len(groups) > args.top_k else ""
+    said = f"{counted(len(groups), 'group')} of {counted(count, 'picture')} that are alike{more}"
+    if args.out:
+        _draw(index, groups[: args.top_k], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
     for i, group in enumerate(groups[: args.top_k], 1):
         if args.json:
             rows = [{"image": _shown(x.path), "score": round(x.score, 6), "same_bytes": x.exact} for x in group]
@@ -177,11 +181,7 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
             say()
         for one in group:
             say(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}")
-    more = f", of which {args.top_k:,} are shown (--top-k)" if len(groups) > args.top_k else ""
-    said = f"{counted(len(groups), 'group')} of {counted(count, 'picture')} that are alike{more}"
     say(said, file=sys.stderr)
-    if args.out:
-        _draw(index, groups[: args.top_k], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
 
 
 def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace, hint: str) -> None:

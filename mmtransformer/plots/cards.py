@@ -64,7 +64,7 @@ class CardCaption:
             marks += [(f"✗ {fact}", "bad") for fact in wrong[:MOST_WRONG]]
             if (more := len(wrong) - MOST_WRONG) > 0:
                 marks.append((f"+ {more} more", "bad"))
-        return marks if self.score is None else [*marks, (f"log p {self.score:.2f}", "")]
+        return marks if self.score is None else [*marks, (f"log p {self.score:.2f} a token", "")]
 
 
 @dataclass(frozen=True)

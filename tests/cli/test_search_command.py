@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import CLIP, ImageIndex, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
+from mmtransformer.cli import search
 from support.cli import mmt
 from support.public import noisy
 
@@ -166,6 +167,20 @@ def test_the_answer_in_pictures(model: str, photos: Path, capsys: pytest.Capture
     mmt(capsys, *ask, "--out", "sheet.png")
     with Image.open("sheet.png") as sheet:
         assert sheet.width > 1000
+
+
+@pytest.mark.parametrize("asked", [["red"], ["--duplicates", "--threshold", "0.01"]])
+def test_the_answer_in_pictures_is_there_though_what_is_printed_is_cut(
+    asked: list[str], model: str, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*words: str, file: object = None) -> None:
+        if file is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("mmtransformer.cli.search.say", cut)
+    with pytest.raises(BrokenPipeError):
+        search.run("search", [*asked, "--images", str(photos), "--model", model, "--out", "page.html"])
+    assert Path("page.html").is_file()
 
 
 def test_an_index_in_a_file(model: str, photos: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
