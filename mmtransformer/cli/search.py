@@ -170,6 +170,7 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
     count = sum(map(len, groups))
     more = f", of which {args.top_k:,} are shown (--top-k)" if len(groups) > args.top_k else ""
     said = f"{counted(len(groups), 'group')} of {counted(count, 'picture')} that are alike{more}"
+    say(said, file=sys.stderr)
     if args.out:
         _draw(index, groups[: args.top_k], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
     for i, group in enumerate(groups[: args.top_k], 1):
@@ -181,7 +182,6 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
             say()
         for one in group:
             say(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}")
-    say(said, file=sys.stderr)
 
 
 def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace, hint: str) -> None:
