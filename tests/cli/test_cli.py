@@ -22,7 +22,7 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
-from mmtransformer.cli import COMMANDS, fit, main
+from mmtransformer.cli import COMMANDS, evaluate, fit, main
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.generation.config import GenerationConfig
@@ -308,6 +308,21 @@ def test_evaluate(
     assert code == 0
     assert "BLEU-4" in out
     assert len(said.read_text("utf-8").splitlines()) == 1
+
+
+def test_scores_are_written_though_what_is_printed_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
+) -> None:
+    def cut(*words: str, file: object = None) -> None:
+        if file is None and "BLEU-4" in words[0]:
+            raise BrokenPipeError
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("mmtransformer.cli.evaluate.say", cut)
+    words = ["--data", str(pairs), "--split", "train", "--limit", "1", "--out", str(tmp_path / "scores.json")]
+    with pytest.raises(BrokenPipeError):
+        evaluate.run("evaluate", ["--model", str(model), *words])
+    assert json.loads((tmp_path / "scores.json").read_text("utf-8"))["captions"]
 
 
 def test_evaluate_by_a_dual_encoder(
