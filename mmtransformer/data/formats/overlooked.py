@@ -1,6 +1,6 @@
 """Files that lie among pictures and are not read, and what is said of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, own_stem, plain_name
@@ -60,6 +60,34 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
                 f"its columns are {', '.join(cells[:8])}; {way}, and name its columns: --image-column, --caption-column"
             )
         yield entry.path, way
+
+
+def unlisted(files: Files, images_in: Files, listed: Container[str]) -> list[str]:
+    """The paths of pictures that no table lists, where tables were read.
+
+    Of one table that was asked for by its name, none where another lies beside it, which may list them: val.csv.
+
+    Args:
+        files: What tables were looked for in.
+        images_in: What pictures were looked for in.
+        listed: The paths of pictures that a row names, in composed form.
+    """
+    if files.asked is not None and any(_may_list(files, entry) for entry in files.entries if entry != files.asked):
+        return []
+    found = [path for path in images_in.by_path if path not in listed and path.lower().endswith(IMAGES)]
+    if not images_in.archives:
+        return found
+    # a picture that lies unpacked beside its archive, too
+    unpacked = {path.rpartition("/")[2] for path, entry in images_in.by_path.items() if entry.archive < 0}
+    return [p for p in found if images_in.by_path[p].archive < 0 or p.rpartition("/")[2] not in unpacked]
+
+
+def _may_list(files: Files, entry: Entry) -> bool:
+    """Whether a file may be a table, or JSON, of many pictures, by its name."""
+    name = plain_name(entry.path)
+    if not name.endswith(SUFFIXES) or name.endswith(".txt") or OTHERS.search(name):
+        return False
+    return own_stem(entry.path).rpartition("/")[2] not in files.image_ids
 
 
 def keys_of(files: Files, entry: Entry) -> str:

@@ -20,7 +20,7 @@ from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.folders import read_folder
 from mmtransformer.data.formats.manifests import Manifest, find_manifests
-from mmtransformer.data.formats.overlooked import captions_inside, overlooked
+from mmtransformer.data.formats.overlooked import captions_inside, overlooked, unlisted
 from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
@@ -74,9 +74,9 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     images_in = files if read.image_folder is None else Files(files.folder(read.image_folder), progress=progress)
     reader = _Reader(images_in, read, progress)
     said = ["pictures with text files"]
+    listing = ", ".join(m.entry.path for m in manifests[:3])
+    listing += f" and {len(manifests) - 3} more" if len(manifests) > 3 else ""
     if manifests:
-        listing = ", ".join(m.entry.path for m in manifests[:3])
-        listing += f" and {len(manifests) - 3} more" if len(manifests) > 3 else ""
         for manifest in manifests:
             columns = reader.read(files, manifest)
             said = [f"{_title(manifest)} {listing}", *([str(columns)] if columns else [])]
@@ -96,6 +96,9 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     for path, reason in files.refused.items():
         report.note("file left out", path, reason)
     report.enforce(what, max_bad_fraction)
+    left_over = unlisted(files, images_in, reader.listed) if manifests else []
+    for path in left_over:
+        report.note(f"pictures in {images_in.root.name} without a caption in {listing}, left out", path)
     rows = [row for row in reader.found.values() if row.captions]
     if not rows and max_bad_fraction < 1:
         raise TooManyErrors(f"{what}: not one of {counted(report.rows, 'row')} can be used:\n{report}")
@@ -103,6 +106,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     images = len({(rows[i].name, split) for split, some in members.items() for i in some})
     captions = sum(len(row.captions) for row in rows)
     title = said.pop(0)
+    about += [f"without a caption: {counted(len(left_over), 'picture')}"] if left_over else []
     said = [f"{title}: {counted(images, 'picture')}, {counted(captions, 'caption')}", *said, *about]
     documents = bool(document_files(files))
     return Found(title, images_in, RowsInMemory(rows), members, languages, "; ".join(said), report, documents)
@@ -164,6 +168,7 @@ class _Reader:
         self.images_in, self.how, self.progress = images_in, how, progress
         self.report = Report()
         self.found: dict[Any, _Row] = {}
+        self.listed: set[str] = set()  # the paths of pictures that rows name
         self.rule = ""  # how splits are told
         self._missing: list[tuple[str | None, ManifestRow, str, str]] = []
 
@@ -182,9 +187,11 @@ class _Reader:
     def add(self, rows: list[ManifestRow], base: str, split: str | None) -> None:
         """Finds the pictures of a manifest's rows and counts what is wrong with them."""
         finder = Finder(self.images_in, base, (row.image for row in rows if row.image and row.key is None))
+        left: list[str] = []
         for row in self._shown(rows, "finding pictures"):
             if row.split == "unlisted":
                 self.report.note("on none of the split lists, left out", row.where, row.image or "")
+                left.append(row.image or "")
                 continue
             self.report.rows += 1
             for cause, what in row.errors:
@@ -195,13 +202,14 @@ class _Reader:
             if len(captions) < len(row.captions):
                 self.report.error("empty caption", row.where, f"{row.captions[0].text[:60]!r} holds HTML alone")
             if row.image is None or not captions:
+                left.append(row.image or "")
                 continue
             if row.key is None:
                 place, name = finder.find(row.image)
                 if isinstance(place, str):
                     self._missing.append((row.split or split, row, place, name))
                     continue
-                key = nfc(place.path)
+                self.listed.add(key := nfc(place.path))
             elif isinstance(row.key, Entry):
                 place, name, key = row.key, row.key.inner, row.image
             else:
@@ -220,6 +228,8 @@ class _Reader:
         for kind, found in finder.mapped.items():
             for what in found:
                 self.report.note(kind, what)
+        found = (finder.find(name)[0] for name in left if name)
+        self.listed.update(nfc(place.path) for place in found if isinstance(place, Entry))
 
     def count_missing(self) -> None:
         """Counts pictures that are not there; a split of which none is there is left out."""
