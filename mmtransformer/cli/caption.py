@@ -37,7 +37,8 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.pipelines.caption_files import CAPTIONS, framed, result_file
     from mmtransformer.pipelines.many_images import CaptionJob, devices_of
 
-    open_file = partial(result_file, args.out, CAPTIONS, overwrite=args.overwrite) if args.out else None
+    options = {"overwrite": args.overwrite, "language": args.language}
+    open_file = partial(result_file, args.out, CAPTIONS, **options) if args.out else None
     many = ManyImages(name, words, args.images, open_file)
     images = many.images
     devices = devices_of(args.device, args.devices)

@@ -112,8 +112,10 @@ class ManyImages:
             raise ValueError(*bad.values())
         parts = [f"{counted(len(self.todo) - len(bad), 'picture')} {done}" + (f" in {out.where}" if out else "")]
         if len(images) > len(self.todo):
-            already = len(images) - len(self.todo)
-            parts.append(f"{already:,} had {what} there already (--overwrite writes them anew)")
+            already = {*range(len(images))} - {*self.todo}
+            said = "".join(f"in {code}, " for code in sorted({out.language(i) for i in already} - {""})) if out else ""
+            how = f"{said}by the options of an earlier call; --overwrite writes them anew"
+            parts.append(f"{len(already):,} had {what} there already ({how})")
         if images.others:
             parts.append(f"{counted(images.others, 'other file')} left alone")
         if bad:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
-from mmtransformer.serialization.printable import json_text
+from mmtransformer.serialization.printable import counted, json_text
 from mmtransformer.serialization.writing import naming, write_whole
 from mmtransformer.text.detokenize import detokenize
 
@@ -84,6 +84,10 @@ class ResultFile(ABC, Generic[T]):
         """Whether picture i has results there, which are replaced where there are new ones."""
         return False
 
+    def language(self, i: int) -> str:
+        """The language that the results of picture i are said to be in; "" where nothing says it."""
+        return ""
+
     @abstractmethod
     def write(self, i: int, said: T) -> None:
         """Writes the results of picture i."""
@@ -97,12 +101,15 @@ class Lines(ResultFile[T]):
         form: What its lines hold.
         images: The pictures.
         overwrite: Whether it starts anew; else what it holds stays, and a last line that was cut off is taken away.
+        language: The language that results are asked for in; None = any.
 
     Raises:
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else, or results of these pictures in another language.
     """
 
-    def __init__(self, path: Path, form: LineFormat[T], images: ImageFiles, *, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, form: LineFormat[T], images: ImageFiles, *, overwrite: bool, language: str | None = None
+    ) -> None:
         self.where, self._path, self._form, self._images = str(path), path, form, images
         self.emptied = overwrite
         if overwrite:
@@ -110,10 +117,17 @@ class Lines(ResultFile[T]):
         self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
         self._table = path.suffix.lower() == ".csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._done: set[str] = set()
+        self._done: dict[str, str] = {}  # name -> language
         if path.exists() and not overwrite:
             with path.open("rb+") as file:
                 self._done = self._read(file)
+        there = [found for i in range(len(images)) if (found := self.language(i))]
+        if language and (others := sorted({*there} - {language})):
+            count = counted(sum(found != language for found in there), "picture")
+            raise ValueError(
+                f"{path} holds {form.key} in {', '.join(others)} of {count}, which would have none in {language}: "
+                f"--overwrite writes them anew, or name another file"
+            )
         new = overwrite or not path.exists() or path.stat().st_size == 0
         # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
         if new:
@@ -124,6 +138,10 @@ class Lines(ResultFile[T]):
     def has(self, i: int) -> bool:
         """Whether picture i has a line."""
         return self._images.name(i) in self._done
+
+    def language(self, i: int) -> str:
+        """The language of the last line of picture i."""
+        return self._done.get(self._images.name(i), "")
 
     def write(self, i: int, said: T) -> None:
         """Adds the lines of picture i."""
@@ -142,7 +160,7 @@ class Lines(ResultFile[T]):
         csv.writer(text, lineterminator="\n").writerow(cells)
         return text.getvalue()
 
-    def _read(self, file: Any) -> set[str]:
+    def _read(self, file: Any) -> dict[str, str]:
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -158,15 +176,22 @@ class Lines(ResultFile[T]):
                 header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [columns]
                 if header[:2] != columns:
                     raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(columns)}")
-                return {row[0] for row in rows if row}
+                at = header.index("language") if "language" in header else len(header)
+                return {row[0]: "".join(row[at : at + 1]) for row in rows if row}
             lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-            return {line["image"] for line in lines if line[key] is not None}
+            return {line["image"]: _language(line[key]) for line in lines if line[key] is not None}
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             reason = f"a line has no image or no {key}" if isinstance(error, KeyError | TypeError) else error
             raise ValueError(
                 f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file, or "
                 f"--overwrite it"
             ) from error
+
+
+def _language(said: Any) -> str:
+    """The language of results in a line of JSON; "" where they say none."""
+    first = said[0] if isinstance(said, list) and said else None
+    return str(first.get("language") or "") if isinstance(first, dict) else ""
 
 
 class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
@@ -217,7 +242,9 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
         write_whole(self._path(i), text.encode("utf-8", "replace"))
 
 
-def result_file(out: str, form: LineFormat[Any], images: ImageFiles, *, overwrite: bool = False) -> ResultFile[Any]:
+def result_file(
+    out: str, form: LineFormat[Any], images: ImageFiles, *, overwrite: bool = False, language: str | None = None
+) -> ResultFile[Any]:
     """Where results go, by its name: FILE.jsonl or FILE.csv; captions also a folder, or "txt" or "caption" (beside the
     pictures).
 
@@ -226,7 +253,7 @@ def result_file(out: str, form: LineFormat[Any], images: ImageFiles, *, overwrit
     """
     path = Path(out)
     if path.suffix.lower() in (".jsonl", ".csv") and not path.is_dir():
-        return Lines(path, form, images, overwrite=overwrite)
+        return Lines(path, form, images, overwrite=overwrite, language=language)
     if form is not CAPTIONS:
         raise ValueError(f"--out {out}: give FILE.jsonl or FILE.csv")
     if out in BESIDE:

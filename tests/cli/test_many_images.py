@@ -298,6 +298,22 @@ def test_a_second_call_goes_on(capsys: pytest.CaptureFixture[str], model: str, p
     assert Path(out).read_text("utf-8") == "something else\n"
 
 
+@pytest.mark.parametrize("out", ["captions.jsonl", "captions.csv"])
+def test_captions_of_an_earlier_call_say_by_what_they_were_written(
+    capsys: pytest.CaptureFixture[str], model: str, photos: Path, out: str
+) -> None:
+    words = ["--model", model, "--out", out]
+    assert mmt(capsys, "caption", *ALL[:3], *words, "--language", "ko")[0] == 0
+    whole = Path(out).read_bytes()
+    code, _, err = mmt(capsys, "caption", "photos", *words, "--language", "en")
+    said = f"{out} holds captions in ko of 3 pictures, which would have none in en: --overwrite writes them anew, or"
+    assert (code, said in err, Path(out).read_bytes()) == (2, True, whole)
+    assert mmt(capsys, "caption", *ALL[3:], *words, "--language", "en")[0] == 0  # other pictures
+    code, _, err = mmt(capsys, "caption", "photos", *words, "--prefix", "my style,")
+    assert "; 7 had captions there already (in en, in ko, by the options of an earlier call; --overwrite" in err
+    assert mmt(capsys, "caption", "photos", *words, "--language", "en", "--overwrite")[0] == 0
+
+
 def test_text_files(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
     (photos / "0.txt").write_text("mine", "utf-8")
     before = set(photos.rglob("*"))
