@@ -159,8 +159,8 @@ class InterleavedFiles:
             split = split_word(entry.path.rpartition("/")[2]) if len(manifests) > 1 else None
             split = files.split_of(entry) or split
             found = list(self._read(files.read(entry), entry.path, split))
-            base = entry.path.rpartition("/")[0] if images_in is files else ""
-            self._find(found, Finder(images_in, base, (name for d in found for name in d.images)))
+            base = entry.path.rpartition("/")[0]
+            self._find(found, Finder(images_in, base, (name for d in found for name in d.images), files))
             documents += [document for document in found if document.places]
         listing = ", ".join(entry.path for entry in manifests[:3]) + (", ..." if len(manifests) > 3 else "")
         self._said = [f"interleaved documents {listing}"]

@@ -4,12 +4,13 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.names import join, nfc, refusal
+from mmtransformer.data.files.names import join, join_into, nfc, refusal
 
 _NUMBER = re.compile(r"0*(\d{1,18})(?:\.0+)?", re.ASCII)
 
@@ -37,10 +38,13 @@ class Finder:
         files: Where pictures may lie.
         base: The manifest's folder.
         names: All names in the manifest.
+        beside: What the manifest is one of, if others than `files`: its names are read as below the root of `files`,
+            and those that climb out of its folder may lead there too.
     """
 
-    def __init__(self, files: Files, base: str, names: Iterable[str]):
-        index, names = _Index(files), list(dict.fromkeys(names))
+    def __init__(self, files: Files, base: str, names: Iterable[str], beside: Files | None = None):
+        folder = None if beside is None or beside is files else beside.root / base
+        index, base, names = _Index(files, folder), "" if folder else base, list(dict.fromkeys(names))
         self._plain = _Reader(index, base, names)
         self.mapped: dict[str, list[str]] = {}
         self._spelt: list[tuple[str, Callable[[str], str], _Reader]] = []
@@ -91,10 +95,10 @@ class Finder:
 
 
 class _Index:
-    """The files below a root by parts of their names."""
+    """The files below a root by parts of their names, and the folder of a manifest that lies elsewhere."""
 
-    def __init__(self, files: Files):
-        self.files = files
+    def __init__(self, files: Files, folder: Path | None):
+        self.files, self.folder = files, folder
         self.inner: dict[str, list[Entry]] = {}
         self.by_last: dict[str, list[Entry]] = {}
         self.by_stem: dict[str, list[Entry]] = {}
@@ -144,9 +148,14 @@ class _Reader:
         """The file that a name means, and the name in its plain form; or the cause and what is wrong with it."""
         if (reason := refusal(name)) is not None:
             return "refused path", f"{name[:120]!r} is {reason}"
-        full = join(self.base, name)
+        full, folder = join(self.base, name), self.index.folder
+        if full is None and folder is not None:
+            full = join_into(self.index.files.root, folder, name)
+            if full is None:
+                return "refused path", f"{name[:120]!r} is not below {self.index.files.root.name}, the pictures' folder"
         if full is None:
-            return ("refused path", f"{name[:120]!r} climbs out of the root: give a folder higher up as the root")
+            way = "give a folder higher up as the root, or name the pictures' folder: --image-folder"
+            return "refused path", f"{name[:120]!r} climbs out of the root: {way}"
         path = join("", name) or full
         found = self._look(path, full)
         if isinstance(found, Entry):

@@ -1,6 +1,7 @@
 """Names that manifests and archives give: compared in one spelling, and never handed to the file system."""
 
 import unicodedata
+from pathlib import Path
 
 _BASE64 = ("/9j/", "ivborw0kggo", "r0lgod", "uklgr")  # how JPEG, PNG, GIF and WebP begin there, in lower case
 
@@ -41,3 +42,9 @@ def join(base: str, name: str) -> str | None:
         elif part not in ("", "."):
             parts.append(part)
     return "/".join(parts)
+
+
+def join_into(root: Path, folder: Path, name: str) -> str | None:
+    """`name` seen from a folder anywhere, as a path below the root; None if it leads elsewhere."""
+    full, top = join(nfc(folder.as_posix()), name), join("", root.as_posix())
+    return full.removeprefix(f"{top}/") if full and full.startswith(f"{top}/") else None

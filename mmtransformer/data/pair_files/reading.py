@@ -180,13 +180,13 @@ class _Reader:
             rows, self.rule = [row._replace(split=told) for row in rows], "by its files"
         elif any(row.split for row in rows):
             self.rule = f"by the column {columns.split}" if columns and columns.split else "as the file names them"
-        self.add(rows, manifest.base if self.images_in is files else "", manifest.split)
+        self.add(rows, manifest.base, manifest.split, files)
         self.rule = self.rule or ("by the names of the files" if manifest.split else "")
         return columns
 
-    def add(self, rows: list[ManifestRow], base: str, split: str | None) -> None:
+    def add(self, rows: list[ManifestRow], base: str, split: str | None, files: Files | None = None) -> None:
         """Finds the pictures of a manifest's rows and counts what is wrong with them."""
-        finder = Finder(self.images_in, base, (row.image for row in rows if row.image and row.key is None))
+        finder = Finder(self.images_in, base, (row.image for row in rows if row.image and row.key is None), files)
         left: list[str] = []
         for row in self._shown(rows, "finding pictures"):
             if row.split == "unlisted":

@@ -210,6 +210,14 @@ def test_images_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
         assert split.image(1, 2).getpixel((0, 0)) == colour(12)
     alone = InterleavedFiles(tmp_path / "docs" / "d.jsonl", val_fraction=0)
     assert len(alone.split("train")) == 2
+    climbing = [
+        record(i) | {"images": [f"../store/{name}" for name in (f"p/{10 * i}.png", f"p/{10 * i + 1}.png")]}
+        for i in range(2)
+    ]
+    write(tmp_path / "docs" / "d.jsonl", climbing)
+    for images in (tmp_path / "store", tmp_path / "store" / "p"):
+        split = InterleavedFiles(tmp_path / "docs", image_folder=images, val_fraction=0).split("train")
+        assert split.image(1, 0).getpixel((0, 0)) == colour(10)
 
 
 def test_splits_and_languages_are_those_of_the_data(tmp_path: Path) -> None:

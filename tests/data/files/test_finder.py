@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.pairs import PairFiles
-from support.pair_files import draw
+from support.pair_files import NAMES, colour, draw
 
 
 def found(root: Path, rows: list[tuple[str, str]]) -> tuple[dict[str, str], PairFiles]:
@@ -70,3 +72,27 @@ def test_an_address_of_what_is_not_here_is_refused(tmp_path: Path) -> None:
     rows, source = found(tmp_path, [("1.png", "a"), ("https://example.org/2.png", "b")])
     assert rows == {"1.png": "a"}
     assert "nothing is downloaded" in source.report.first["refused path"][0]
+
+
+def test_names_that_climb_out_of_a_table_lead_into_a_folder_that_is_named(tmp_path: Path) -> None:
+    draw(tmp_path / "img" / "a")
+    draw(tmp_path, ["secret7.png"])
+    tables = tmp_path / "tables" / "en"
+    tables.mkdir(parents=True)
+    names = [f"../../img/a/{name}" for name in NAMES]
+    (tables / "train.csv").write_text("image,caption\n" + "".join(f"{name},a picture {name}\n" for name in names))
+    way = "climbs out of the root: give a folder higher up as the root, or name the pictures' folder: --image-folder"
+    with pytest.raises(TooManyErrors, match=way):
+        PairFiles(tables / "train.csv")
+    for root, folder in ((tables / "train.csv", "img"), (tmp_path / "tables", "img/a"), (tables, "img")):
+        source = PairFiles(root, ReadOptions(image_folder=str(tmp_path / folder), val_fraction=0.0))
+        split = source.split("train")
+        assert [split.image(i).getpixel((1, 1)) for i in range(len(split))] == [*map(colour, NAMES)]
+        assert source.report.notes == {}
+    with (tables / "train.csv").open("a") as file:
+        file.write("../../secret7.png,a secret\n../../img/../secret7.png,another\n../../../img/a/p00.png,a third\n")
+    source = PairFiles(tables, ReadOptions(image_folder=str(tmp_path / "img")), max_bad_fraction=1)
+    assert source.report.errors == {"refused path": 3}
+    assert source.report.first["refused path"][0] == (
+        "train.csv:25: '../../secret7.png' is not below img, the pictures' folder"
+    )
