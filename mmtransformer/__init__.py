@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.patches import ConvStem as ConvStem
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
     from mmtransformer.backbones.patches import ViTPatchConfig as ViTPatchConfig
-    from mmtransformer.backbones.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.backbones.vit_blocks import ViTBlockConfig as ViTBlockConfig
     from mmtransformer.backbones.vit_blocks import ViTOutputConfig as ViTOutputConfig
     from mmtransformer.backbones.vit_variants.concat import ConcatViT as ConcatViT
-    from mmtransformer.backbones.vit_variants.packed import PackedImages as PackedImages
     from mmtransformer.backbones.vit_variants.packed import packed_features as packed_features
     from mmtransformer.backbones.vit_variants.packed import packed_forward as packed_forward
-    from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
+    from mmtransformer.batch.captions import CaptionBatch as CaptionBatch
+    from mmtransformer.batch.images import PackedImages as PackedImages
+    from mmtransformer.batch.output import ModelOutput as ModelOutput
+    from mmtransformer.batch.output import SumAndCount as SumAndCount
+    from mmtransformer.batch.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.captioners.base import Captioner as Captioner
-    from mmtransformer.captioners.base import ModelOutput as ModelOutput
     from mmtransformer.captioners.base import caption_loss as caption_loss
-    from mmtransformer.captioners.base import freeze as freeze
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
     from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
     from mmtransformer.captioners.blip2 import blip2_from_stage1 as blip2_from_stage1
@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from mmtransformer.layers.config import NormConfig as NormConfig
     from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
+    from mmtransformer.layers.modes import freeze as freeze
     from mmtransformer.layers.positions import RotaryAngles as RotaryAngles
     from mmtransformer.layers.positions import ViTPosEmbedConfig as ViTPosEmbedConfig
     from mmtransformer.layers.record import record_attention as record_attention
@@ -99,7 +100,6 @@ if TYPE_CHECKING:
     from mmtransformer.losses.contrastive import itg_loss as itg_loss
     from mmtransformer.losses.contrastive import itm_loss as itm_loss
     from mmtransformer.losses.hard_negatives import hard_negatives as hard_negatives
-    from mmtransformer.losses.next_token import SumAndCount as SumAndCount
     from mmtransformer.losses.sigmoid import siglip_loss as siglip_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
     from mmtransformer.pipelines.few_shot import FewShotPromptBuilder as FewShotPromptBuilder

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.base import PromptBatch
-from mmtransformer.backbones.seq2seq import Seq2SeqBatch
-from mmtransformer.batch import Batch, num_targets
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import Batch, CaptionBatch, Seq2SeqBatch
+from mmtransformer.batch.base import num_targets
 from mmtransformer.captioners.tiles import TiledBatch
 from mmtransformer.data.classes import ClassBatch
 from mmtransformer.data.text_only.masked_rows import MaskedBatch

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.batch import as_mask, check_shape
+from mmtransformer.batch.base import as_mask, check_shape
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.masks import Mask
@@ -365,11 +365,3 @@ class Decoder(nn.Module, ABC):
             allowed.append(masks.padding(attention_mask))
         rows, count = document_ids.shape
         return masks.dense(masks.all_of(*allowed), rows, count, count, document_ids.device)
-
-
-def vocabulary_error(tokens: Tensor, vocab_size: int, reader: str = "a decoder") -> ValueError:
-    """What to say where an id is outside the table: on CPUs only, elsewhere the look at the ids would be a wait."""
-    return ValueError(
-        f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to {reader} with a vocabulary of "
-        f"{vocab_size}: model and tokenizer do not belong together"
-    )

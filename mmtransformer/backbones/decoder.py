@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import Decoder, DecoderState, check_tokens, vocabulary_error
+from mmtransformer.backbones.base import Decoder, DecoderState, check_tokens
 from mmtransformer.backbones.encoder import MLMHead
-from mmtransformer.batch import check_shape
+from mmtransformer.batch.base import check_shape, vocabulary_error
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm

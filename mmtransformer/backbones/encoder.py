@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import vocabulary_error
+from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, activation_function, make_norm

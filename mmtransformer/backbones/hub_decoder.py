@@ -17,7 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
+from mmtransformer.backbones.base import Decoder, DecoderState
+from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.layers.linear import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode

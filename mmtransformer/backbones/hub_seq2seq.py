@@ -7,9 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import DecoderState, vocabulary_error
+from mmtransformer.backbones.base import DecoderState
 from mmtransformer.backbones.hub_decoder import HubCache
 from mmtransformer.backbones.seq2seq import Source, TransformerState, join_prefix
+from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.serialization.pretrained import Pretrained
 
 _FAMILIES = ("t5", "mt5", "umt5")

@@ -56,22 +56,6 @@ class ViTPatchConfig:
             raise ValueError(f"the share of patches left out must be in [0, 1), not {self.patch_dropout}")
 
 
-def kept_tokens(x: Tensor, rate: float) -> Tensor:
-    """Which tokens stay where a random share of each row's are left out, in order: (b p d) -> (b fewer) long."""
-    count = max(1, round(x.shape[1] * (1 - rate)))
-    return torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
-
-
-def keep_tokens(x: Tensor, kept: Tensor) -> Tensor:
-    """The tokens of those numbers: (b p d), (b fewer) -> (b fewer d)."""
-    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
-
-
-def drop_tokens(x: Tensor, rate: float) -> Tensor:
-    """Leaves out a random share of each row's tokens, the rest stays in order: (b p d) -> (b fewer d)."""
-    return keep_tokens(x, kept_tokens(x, rate))
-
-
 class PatchEmbed(nn.Module):
     """Cuts images into square patches and projects each; an image's patches are one matrix product.
 

@@ -4,16 +4,15 @@ Shapes: n rows of sources (n divides b), k source tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.batch import Batch, as_mask
+from mmtransformer.batch import Seq2SeqBatch
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock, make_norm
 from mmtransformer.layers.cache import KeyValue
@@ -25,44 +24,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "base": {"vocab_size": 37000},
     "big": {"vocab_size": 37000, "dim": 1024, "num_heads": 16, "mlp_dim": 4096, "dropout": 0.3},
 }
-
-
-@dataclass
-class Seq2SeqBatch(Batch):
-    """Sources with their targets.
-
-    Attributes:
-        source: (n k) long, padded on either side.
-        source_attention_mask: (n k) bool, True = a real token.
-        tokens: (n q) long: prompt, target and end-of-sequence, padded on the right; a prompt alone, on the left.
-        attention_mask: (n q) bool, True = a real token.
-        loss_mask: (n q) bool, True = a token that the model must predict: target and end, not prompt, not padding.
-        names: what the n rows are called in messages.
-
-    Raises:
-        ValueError: if a mask holds other numbers than 0 and 1.
-    """
-
-    source: Tensor
-    source_attention_mask: Tensor
-    tokens: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.source_attention_mask = as_mask(self.source_attention_mask, "source_attention_mask")
-        self.attention_mask = as_mask(self.attention_mask, "attention_mask")
-        self.loss_mask = as_mask(self.loss_mask, "loss_mask")
-
-    def truncate(self, length: int) -> Self:
-        """The batch with only the first `length` tokens of every target."""
-        return replace(
-            self,
-            tokens=self.tokens[:, :length],
-            attention_mask=self.attention_mask[:, :length],
-            loss_mask=self.loss_mask[:, :length],
-        )
 
 
 class Source(NamedTuple):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtransformer.backbones.grid_rope import GridRotary, ViTRopeConfig, keep_angles
-from mmtransformer.backbones.patches import ConvStem, PatchEmbed, ViTPatchConfig, keep_tokens, kept_tokens
+from mmtransformer.backbones.patches import ConvStem, PatchEmbed, ViTPatchConfig
 from mmtransformer.backbones.vit_blocks import DistilledHead, ViTBlockConfig, ViTOutputConfig, make_block
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.config import check_configs, check_sizes
 from mmtransformer.layers.linear import Linear, trunc_normal_
-from mmtransformer.layers.masks import Mask
+from mmtransformer.layers.masks import Mask, keep_tokens, kept_tokens
 from mmtransformer.layers.positions import RotaryAngles, resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
 

@@ -7,9 +7,7 @@ patches; c numbers of a patch (its channels, rows and columns).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from einops import rearrange
@@ -17,127 +15,19 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import State
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_variants.padded import pad_images, padded_features, token_mask
-from mmtransformer.batch import Batch, as_mask, check_shape, with_images
-from mmtransformer.losses.next_token import SumAndCount, next_token_loss
+from mmtransformer.backbones.vit_variants.padded import padded_features
+from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
+from mmtransformer.batch.base import check_shape, with_images
+from mmtransformer.batch.captions import DOCUMENT_FIELDS
+from mmtransformer.batch.images import token_mask
+from mmtransformer.layers.modes import freeze, is_frozen
+from mmtransformer.losses.next_token import next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
-Module = TypeVar("Module", bound=nn.Module)
-
-# The fields of a `CaptionBatch` that have a place for every text token.
-_TOKEN_FIELDS = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index", "document_ids")
-
-_DOCUMENTS = ("image_index", "first_image_index", "document_ids")
 INSTRUCTION = ("instruction", "instruction_attention_mask")
 """The fields that an `InstructBatch` adds."""
-NATIVE = (*_DOCUMENTS, "image_sizes", *INSTRUCTION)
+NATIVE = (*DOCUMENT_FIELDS, "image_sizes", *INSTRUCTION)
 """What a captioner does not read that takes images of native size (`patch_grids`), but no documents."""
-
-
-@dataclass
-class CaptionBatch(Batch):
-    """Images with their texts.
-
-    Attributes:
-        tokens: (n q) long: prompt, caption and end-of-sequence, padded on the right; a prompt alone, on the left.
-        attention_mask: (n q) bool, True = a real token.
-        loss_mask: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
-        pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample. With `patch_grids` patches
-            (b i p c), filled up to the most that an image has.
-        visual_tokens: (b i p d), what `Captioner.forward_features` makes of pixels, in their place (a feature cache).
-        names: the b samples' names. In contrastive losses, samples of one name are no negatives of each other.
-        references: the b samples' captions, each (text, language).
-        questions: what is asked of each of the b samples, None where nothing is; () = of none.
-        image_mask: (b i) bool, which of a sample's images are real, where samples have different numbers; None = all.
-        image_index: (n q) long: number (from 1) of the last image that has come up to and including a token, 0 = none
-            in its own document; None = all images stand before the text.
-        first_image_index: (n q) long: number of the first image of the token's own document; None = 1.
-        document_ids: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
-        patch_grids: (b i 2) long, rows and columns of patches of each image, where images have sizes of their own
-            (`ImageTransform` with resize "native"); 0 = no image. None = all have one size.
-
-    Raises:
-        ValueError: if pixels have another number of dimensions, or masks other numbers than 0 and 1.
-    """
-
-    tokens: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    pixels: Tensor | None = None
-    visual_tokens: Tensor | None = None
-    names: tuple[str, ...] = ()
-    references: tuple[tuple[tuple[str, str | None], ...], ...] = ()
-    questions: tuple[str | None, ...] = ()
-    image_mask: Tensor | None = None
-    image_index: Tensor | None = None
-    first_image_index: Tensor | None = None
-    document_ids: Tensor | None = None
-    patch_grids: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.pixels is not None and self.pixels.ndim != 5 and self.patch_grids is None:
-            self.pixels = with_images(self.pixels)
-        if not (self.attention_mask.dtype == self.loss_mask.dtype == torch.bool):
-            self.attention_mask = as_mask(self.attention_mask, "attention_mask")
-            self.loss_mask = as_mask(self.loss_mask, "loss_mask")
-
-    @classmethod
-    def from_pixels(cls, pixels: Sequence[Tensor], patch_size: int | None = None) -> Self:
-        """Images (3 height width), one a sample, without texts.
-
-        Args:
-            pixels: of one size; with `patch_size` of any that it divides.
-            patch_size: side of the vision encoder's patches, px, where images have sizes of their own.
-        """
-        none = torch.zeros(len(pixels), 0, dtype=torch.long)
-        if patch_size is None:
-            return cls(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
-        patches, grids = pad_images([[image] for image in pixels], patch_size)
-        return cls(none, none.bool(), none.bool(), pixels=patches, patch_grids=grids)
-
-    @property
-    def visual(self) -> Tensor:
-        """The images in whatever form they came, pixels or cached tokens: (b i ...).
-
-        Raises:
-            ValueError: if the batch has neither.
-        """
-        visual = self.pixels if self.visual_tokens is None else self.visual_tokens
-        if visual is None:
-            raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
-        return visual
-
-    def pick_images(self, order: Tensor) -> Self:
-        """The batch with other images in its samples' places: numbers (b i) among all of its b * i, read in a row."""
-        images = {name: getattr(self, name) for name in ("pixels", "visual_tokens", "patch_grids")}
-        kept = {name: x.flatten(0, 1)[order.to(x.device)] for name, x in images.items() if x is not None}
-        return replace(self, **kept)
-
-    def truncate(self, length: int) -> Self:
-        """The batch with only the first `length` tokens of every row."""
-        texts = {name: getattr(self, name) for name in _TOKEN_FIELDS}
-        return replace(self, **{name: x[:, :length] for name, x in texts.items() if x is not None})
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a captioner's `forward` gives.
-
-    Attributes:
-        sums: the loss as a sum and a count, for training over micro-batches and processes, which divides at the end.
-        logits: (n q vocab), of every token, where they were asked for; else None: training needs those of the
-            predicted tokens only, and makes no others.
-        terms: what the loss is made of, by name (detached scalars), where it is made of several.
-    """
-
-    sums: SumAndCount
-    logits: Tensor | None = None
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> Tensor:
-        """The mean over what is predicted, a scalar, 0 where nothing is: what to call `backward` on."""
-        return self.sums.sum / self.sums.count.clamp(min=1)
 
 
 class Captioner(Pretrained, nn.Module, ABC):
@@ -161,7 +51,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     decoder: Any
     """The language model: a `Decoder`, or an encoder-decoder."""
-    unsupported_fields: tuple[str, ...] = (*_DOCUMENTS, "image_sizes", "patch_grids", *INSTRUCTION)
+    unsupported_fields: tuple[str, ...] = (*DOCUMENT_FIELDS, "image_sizes", "patch_grids", *INSTRUCTION)
     """Fields of a batch that this captioner does not support, and refuses."""
 
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
@@ -320,17 +210,6 @@ class Captioner(Pretrained, nn.Module, ABC):
         }
 
 
-def freeze(module: Module) -> Module:
-    """Takes a part out of training: no gradients, evaluation mode (which `Captioner.train` then keeps)."""
-    return module.requires_grad_(False).eval()
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters, and none of them learns."""
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
 @overload
 def caption_loss(
     captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["mean"] = "mean"
@@ -384,7 +263,7 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     if any(x.ndim != 2 or x.shape != batch.tokens.shape for x in given):
         each = "{}, {} and {}".format(*([*x.shape] for x in given))
         raise ValueError(f"tokens, attention_mask and loss_mask are (n q), all alike, not {each}")
-    for name in _DOCUMENTS:
+    for name in DOCUMENT_FIELDS:
         check_shape(getattr(batch, name), name, batch.tokens.shape, "tokens")
     if batch.pixels is not None:
         check_shape(batch.image_mask, "image_mask", batch.pixels.shape[:2], "images")

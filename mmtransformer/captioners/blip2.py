@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, State
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, NATIVE, CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import INSTRUCTION, NATIVE, Captioner
 from mmtransformer.captioners.soft_prompt import forward_with_prefix, in_image_order, prefill_with_prefix
 from mmtransformer.captioners.soft_source import (
     SourceReader,
@@ -26,7 +27,7 @@ from mmtransformer.captioners.soft_source import (
 )
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.layers.linear import Linear
-from mmtransformer.layers.modes import evaluation_mode
+from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import has_attention, record_attention
 
 

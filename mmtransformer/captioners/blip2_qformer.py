@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner, ModelOutput, check_rows
+from mmtransformer.captioners.base import Captioner, check_rows
 from mmtransformer.connectors.qformer import QFormer, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
@@ -27,7 +28,6 @@ from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows, world_size
 from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
-from mmtransformer.losses.next_token import SumAndCount
 
 TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
 """The terms of stage 1's `ModelOutput`: the three losses, and the share of matching's pairs that were told right."""

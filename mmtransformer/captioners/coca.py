@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, ModelOutput, check_rows
+from mmtransformer.captioners.base import NATIVE, Captioner, check_rows
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import MAX_LOGIT_SCALE, clip_loss, image_ids, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows
-from mmtransformer.losses.next_token import SumAndCount, next_token_loss
+from mmtransformer.losses.next_token import next_token_loss
 
 
 class CoCaState(NamedTuple):

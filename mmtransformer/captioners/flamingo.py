@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows, select_rows
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import INSTRUCTION, Captioner
 from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
 from mmtransformer.connectors.base import Connector, check_connector
 from mmtransformer.connectors.resampler import PerceiverResampler
@@ -25,7 +26,7 @@ from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, m
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation, Norm, known_fields
 from mmtransformer.layers.kernels import autocast_input
-from mmtransformer.layers.modes import evaluation_mode
+from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import record_attention
 
 

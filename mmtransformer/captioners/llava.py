@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights
-from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.tiles import Size, TileConfig
 from mmtransformer.connectors.projector import LinearProjector, MLPProjector
-from mmtransformer.layers.modes import evaluation_mode
+from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import has_attention, record_attention
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 
 
 def forward_with_prefix(

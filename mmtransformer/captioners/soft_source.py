@@ -12,7 +12,7 @@ from torch import Tensor
 from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
 from mmtransformer.backbones.seq2seq import Source, Transformer, TransformerState
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.soft_prompt import join_images
 
 SourceReader = Transformer | HubSeq2Seq

@@ -10,10 +10,11 @@ from torch import Tensor
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches
-from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import NATIVE, Captioner
 from mmtransformer.connectors.base import Connector, check_connector
-from mmtransformer.layers.modes import evaluation_mode
+from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import record_attention
 from mmtransformer.serialization.pretrained import from_config, to_config
 

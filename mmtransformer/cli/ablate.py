@@ -56,26 +56,16 @@ def train(connector: str, words: list[str], folder: Path, parameters: int | None
     Raises:
         ValueError: If the recipe trains no captioner with a vision tower and a language model.
     """
-    from mmtransformer.backbones.base import Decoder
-    from mmtransformer.captioners.base import is_frozen
     from mmtransformer.cli.fit import fit, recipe_cli
     from mmtransformer.training import Captioning
-    from mmtransformer.training.evaluation.ablation import Frozen, connector_parameters, sized
+    from mmtransformer.training.evaluation.ablation import connector_parameters, with_connector
 
     cli = recipe_cli([*words, f"--trainer.default_root_dir={folder}"], folder)
     module = cli.model
-    decoder = getattr(module.captioner, "decoder", None) if isinstance(module, Captioning) else None
-    if not isinstance(module, Captioning) or not isinstance(decoder, Decoder):
+    if not isinstance(module, Captioning):
         raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
-    if getattr(decoder, "context_dim", None) is not None:
-        raise ValueError(
-            "the recipe's language model has a connector within it, cross-attention: ablate needs one that reads text "
-            "alone, as that of flamingo_scenes does"
-        )
-    captioner = module.captioner
-    parameters = connector_parameters(captioner) if parameters is None else parameters
-    frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
-    module.captioner = sized(connector, captioner.vision, decoder, parameters, frozen)
+    parameters = connector_parameters(module.captioner) if parameters is None else parameters
+    module.captioner = with_connector(module.captioner, connector, parameters)
     learned = connector_parameters(module.captioner)
     say(f"{learned:,} parameters in the connector ({learned / parameters - 1:+.1%} of {parameters:,})")
     fit(cli)
@@ -85,9 +75,9 @@ def train(connector: str, words: list[str], folder: Path, parameters: int | None
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
     """Prints the table, and writes it as ablation.json and ablation.png."""
-    from mmtransformer.metrics.scores import HEADLINE, TABLE
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.plots.comparison import save_comparison
+    from mmtransformer.training.evaluation.ablation import headline, scores_of
 
     table = {connector: scores_of(metrics) for connector, metrics in rows.items()}
     names = list(dict.fromkeys(name for row in table.values() for name in row))
@@ -97,7 +87,7 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
         lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
     say("\n" + "\n".join(lines))
     write_json(out / "ablation.json", table)
-    shown = [name for name in names if name.startswith(("facts", *(TABLE[n].label for n in HEADLINE)))]
+    shown = headline(names)
     bars = {name: {connector: row[name] for connector, row in table.items() if name in row} for name in shown}
     logs = {connector: out / connector / "metrics.csv" for connector in rows}
     title = f"Connectors of {parameters / 1e6:.2f} million parameters"
@@ -108,23 +98,3 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
 def show(x: float) -> str:
     """A number with three or four digits that matter."""
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
-
-
-def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a run's metrics.json that are compared."""
-    from mmtransformer.metrics.scores import HEADLINE, TABLE
-
-    found: dict[str, float] = {}
-    for split, by in metrics.get("facts", {}).items():
-        found |= {f"facts % {split} {language}": 100 * x for language, x in by.items()}
-    if not found:
-        for split, by in metrics.get("captions", {}).items():
-            for language, scores in by.items():
-                label = f"{split}" if language == "any" else f"{split} {language}"
-                values = scores["values"]
-                found |= {f"{TABLE[n].label} {label}": TABLE[n].times * values[n] for n in HEADLINE if n in values}
-    for split, losses in metrics.get("image_ablation", {}).items():
-        found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
-    training = metrics["training"]
-    found |= {"connector parameters": metrics["connector_parameters"], "steps": training["steps"]}
-    return found | {"seconds": training["seconds"]}

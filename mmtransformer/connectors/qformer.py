@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import vocabulary_error
-from mmtransformer.batch import check_shape
+from mmtransformer.batch.base import check_shape, vocabulary_error
 from mmtransformer.connectors.qformer_block import Mode, QFormerBlock, mode_mask
 from mmtransformer.layers.blocks import real_places
 from mmtransformer.layers.cache import KeyValue

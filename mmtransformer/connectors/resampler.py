@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.batch import check_shape
+from mmtransformer.batch.base import check_shape
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP

@@ -3,12 +3,12 @@
 from einops import pack, unpack
 from torch import Tensor, nn
 
-from mmtransformer.backbones.patches import drop_tokens
-from mmtransformer.batch import check_shape
+from mmtransformer.batch.base import check_shape
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
 from mmtransformer.layers.linear import Linear
+from mmtransformer.layers.masks import drop_tokens
 
 
 class TransformerConnector(Connector):

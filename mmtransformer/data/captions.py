@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.dataset import CaptionDataset, Collate
 from mmtransformer.data.loading.epoch_mixture import EpochMixture

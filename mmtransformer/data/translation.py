@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.backbones.seq2seq import Seq2SeqBatch
+from mmtransformer.batch import Seq2SeqBatch
 from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits

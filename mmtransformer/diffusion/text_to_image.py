@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, TextContext
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
-from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
+from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.dual_encoders.text_tower import TextTower
-from mmtransformer.losses.next_token import SumAndCount
+from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.serialization.pretrained import Pretrained
 
 

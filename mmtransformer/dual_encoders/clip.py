@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_variants.padded import image_features_of
-from mmtransformer.captioners.base import CaptionBatch, ModelOutput, freeze, is_frozen
+from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.linear import Linear
+from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.losses.contrastive import (
     MAX_LOGIT_SCALE,
     Similarity,
@@ -28,7 +29,6 @@ from mmtransformer.losses.contrastive import (
     softmax_loss,
     text_keys,
 )
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.losses.sigmoid import sigmoid_loss
 from mmtransformer.serialization.pretrained import Pretrained
 

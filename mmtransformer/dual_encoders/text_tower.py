@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import vocabulary_error
+from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, AttentionPool, EncoderBlock, make_norm
 from mmtransformer.layers.config import Activation

@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import word_heatmaps
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.loop import generate, stream

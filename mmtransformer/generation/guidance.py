@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Captioner, State
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner, State
 
 
 class GuidedState(NamedTuple):

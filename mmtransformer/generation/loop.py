@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.batch import check_shape
+from mmtransformer.batch.base import check_shape
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.base import BatchT, GenerationResult, GenerativeModel, Search
 from mmtransformer.generation.beam_search import Beams, BeamSearch

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.backbones.seq2seq import Seq2SeqBatch
-from mmtransformer.backbones.vit_variants.padded import token_mask
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch, Seq2SeqBatch
+from mmtransformer.batch.images import token_mask
 from mmtransformer.generation.base import GenerationResult, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import logits_processors, top_k, top_p

@@ -1,7 +1,8 @@
 """Masks: who may look at whom. True = may look, always.
 
 A mask is a predicate `(b, q, k) -> bool` over index tensors that broadcast. Predicates are combined with `all_of`
-and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block()` for FlexAttention.
+and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block()` for FlexAttention. At the end: tokens
+that are left out at random.
 """
 
 from collections.abc import Callable
@@ -150,3 +151,19 @@ def show(mask: Tensor, rows: list[str] | None = None, columns: list[str] | None 
         head = ["".join(name.ljust(tallest)[i] for name in columns) for i in range(tallest)]
         lines = [f"{'':>{width}} {line}" for line in head] + lines
     return "\n".join(lines)
+
+
+def kept_tokens(x: Tensor, rate: float) -> Tensor:
+    """Which tokens stay where a random share of each row's are left out, in order: (b p d) -> (b fewer) long."""
+    count = max(1, round(x.shape[1] * (1 - rate)))
+    return torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def keep_tokens(x: Tensor, kept: Tensor) -> Tensor:
+    """The tokens of those numbers: (b p d), (b fewer) -> (b fewer d)."""
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+
+
+def drop_tokens(x: Tensor, rate: float) -> Tensor:
+    """Leaves out a random share of each row's tokens, the rest stays in order: (b p d) -> (b fewer d)."""
+    return keep_tokens(x, kept_tokens(x, rate))

@@ -4,21 +4,13 @@ Shapes: n rows, m places that predict a token.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.batch import num_targets
-
-
-@dataclass(frozen=True)
-class SumAndCount:
-    """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
-
-    sum: Tensor
-    count: Tensor
+from mmtransformer.batch import SumAndCount
+from mmtransformer.batch.base import num_targets
 
 
 def next_token_loss(

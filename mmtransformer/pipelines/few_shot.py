@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.rows import image_token

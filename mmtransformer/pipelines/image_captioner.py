@@ -10,7 +10,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.captions import (
     CAPTIONING,
     CaptionResult,
@@ -82,9 +83,8 @@ class ImageCaptioner(Pipeline[Captioner]):
         check_vocabulary(tokenizer, model.vocab_size)
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
-        self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
-        self.precision: Precision = precision
-        self.processor = processor
+        self.tokenizer, self.transform, self.processor = tokenizer, transform, processor
+        self.generation, self.precision = generation, precision
         self.adapter: Adapter | None = None
         """What a training learned on top of a public model, if that alone is to be saved."""
         self._ready = False

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.backbones.vit_variants.padded import pad_images
+from mmtransformer.batch.images import pad_images
 from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.linear import upcast_products

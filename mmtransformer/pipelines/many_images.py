@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from PIL.Image import Image
 
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.captions import CaptionResult, PromptBuilder, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform

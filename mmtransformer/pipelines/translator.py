@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import torch
 
-from mmtransformer.backbones.seq2seq import Seq2SeqBatch, Transformer
+from mmtransformer.backbones.seq2seq import Transformer
+from mmtransformer.batch import Seq2SeqBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.modes import evaluation_mode

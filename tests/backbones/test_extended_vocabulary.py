@@ -17,7 +17,7 @@ from mmtransformer import (
     PositionConfig,
     TextDecoder,
 )
-from mmtransformer.captioners.base import freeze
+from mmtransformer.layers.modes import freeze
 from mmtransformer.weights import load_lm, save_lm
 
 VOCAB, NEW = 53, 3

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmtransformer import ViT, ViTPatchConfig, ViTRopeConfig
 from mmtransformer.backbones.grid_rope import GridRotary, keep_angles
-from mmtransformer.backbones.patches import keep_tokens
 from mmtransformer.layers.attention import RotaryAngles
+from mmtransformer.layers.masks import keep_tokens
 
 GRID, PREFIX, WIDTH, HEADS, DEPTH = (3, 5), 2, 12, 3, 2
 KINDS: dict[str, ViTRopeConfig] = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer import ViT, ViTBlockConfig, ViTPatchConfig, freeze
-from mmtransformer.backbones.patches import ConvStem, drop_tokens
+from mmtransformer.backbones.patches import ConvStem
+from mmtransformer.layers.masks import drop_tokens
 from mmtransformer.layers.positions import sinusoidal_2d
 
 SMALL: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 3, "num_heads": 4, "mlp_dim": 29}

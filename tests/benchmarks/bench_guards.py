@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 
 from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.serialization import pretrained
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.callbacks.throughput import Throughput

@@ -17,7 +17,7 @@ from mmtransformer import (
     caption_loss,
     freeze,
 )
-from mmtransformer.captioners.base import is_frozen
+from mmtransformer.layers.modes import is_frozen
 
 VOCAB, PAD = 53, 0
 

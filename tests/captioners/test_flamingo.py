@@ -31,9 +31,9 @@ from mmtransformer import (
     show_mask,
 )
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.captioners.base import is_frozen
 from mmtransformer.captioners.flamingo import FlamingoState
 from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.modes import is_frozen
 from mmtransformer.training.engine.recompute_and_compile import checkpoint_activations
 
 VOCAB, DEPTH = 53, 3

@@ -29,7 +29,8 @@ from mmtransformer import (
     ViT,
     generate,
 )
-from mmtransformer.backbones.vit_variants.padded import pad_images, padded_features, token_mask
+from mmtransformer.backbones.vit_variants.padded import padded_features
+from mmtransformer.batch.images import pad_images, token_mask
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.sampling import checksums
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.diffusion.image_generation import Edit, ImageGenerationConfig, generate_images, seeded_noise
 from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel

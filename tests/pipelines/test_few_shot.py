@@ -23,7 +23,7 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.data.documents.document_dataset import lay_out
 from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.documents.packing import DocumentRows

@@ -29,7 +29,7 @@ from mmtransformer import (
     ViT,
     ViTBlockConfig,
 )
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.mixture import Mixture

@@ -25,8 +25,9 @@ from mmtransformer import (
     caption_loss,
     generate,
 )
-from mmtransformer.captioners.base import Captioner, freeze
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.layers.lora import merge_lora
+from mmtransformer.layers.modes import freeze
 from mmtransformer.training import Captioning
 from mmtransformer.weights import load_lm, load_vit
 from mmtransformer.weights.shared.dtype import cast_frozen

@@ -7,65 +7,14 @@ Shapes: n pictures, c channels, s tokens of all of them, p tokens of one, d widt
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.batch import Batch
+from mmtransformer.batch import PackedImages
 from mmtransformer.layers.masks import Mask, Segments, block, documents
 from mmtransformer.layers.positions import RotaryAngles, resize_positions
-
-
-@dataclass
-class PackedImages(Batch):
-    """Pictures of any sizes, as patches in one row.
-
-    Attributes:
-        patches: (s (c y x)), the pictures' patches one after the other, row by row, of c channels and y x x px.
-        grids: rows and columns of patches of each picture.
-    """
-
-    patches: Tensor
-    grids: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, images: Sequence[Tensor], patch_size: int) -> Self:
-        """Packs pictures.
-
-        Args:
-            images: n of (c height width), of any sizes that the patches cover exactly.
-            patch_size: side of a patch, px.
-
-        Raises:
-            ValueError: if there is no picture, or naming one that the patches do not cover.
-        """
-        if not images:
-            raise ValueError("a row needs at least one picture")
-        grids = []
-        for i, image in enumerate(images):
-            height, width = image.shape[-2:]
-            if image.ndim != 3 or height % patch_size or width % patch_size or not height or not width:
-                raise ValueError(
-                    f"picture {i} of {tuple(image.shape)} is not (channels, height, width) with sides divisible by "
-                    f'{patch_size}: an ImageTransform with resize "native" makes such'
-                )
-            grids.append((height // patch_size, width // patch_size))
-        pattern = "c (gh y) (gw x) -> (gh gw) (c y x)"
-        patches = [rearrange(image, pattern, y=patch_size, x=patch_size) for image in images]
-        return cls(torch.cat(patches), tuple(grids))
-
-    def __len__(self) -> int:
-        """How many pictures there are."""
-        return len(self.grids)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """How many patches each picture has."""
-        return tuple(rows * columns for rows, columns in self.grids)
 
 
 def packed_features(vit: ViT, images: PackedImages, indices: Sequence[int] | None = None) -> list[Tensor]:

@@ -12,29 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_variants.packed import PackedImages, packed_features
-
-
-def pad_images(images: Sequence[Sequence[Tensor]], patch_size: int) -> tuple[Tensor, Tensor]:
-    """Cuts pictures into patches and fills them up.
-
-    Args:
-        images: b samples, as many pictures each, (3 height width) with sides that patches divide.
-        patch_size: side of a patch, px.
-
-    Returns:
-        The patches (b i p c), and the rows and columns of them that each picture has (b i 2) long.
-
-    Raises:
-        ValueError: as `PackedImages.of`, and for samples with different numbers of pictures.
-    """
-    counts = {len(sample) for sample in images}
-    if len(counts) != 1:
-        raise ValueError(f"samples have {sorted(counts)} pictures: all must have the same number")
-    packed = PackedImages.of([image for sample in images for image in sample], patch_size)
-    rows = pad_sequence(list(packed.patches.split(packed.lengths)), batch_first=True)
-    shape = (len(images), counts.pop())
-    return rows.unflatten(0, shape), torch.tensor(packed.grids).unflatten(0, shape)
+from mmtransformer.backbones.vit_variants.packed import packed_features
+from mmtransformer.batch import PackedImages
 
 
 def image_features_of(
@@ -80,10 +59,3 @@ def padded_features(vit: ViT, patches: Tensor, grids: Tensor, indices: Sequence[
         raise ValueError("a batch of pictures of native size needs at least one picture")
     rows = pad_sequence([like[:0] if tokens is None else tokens for tokens in found], batch_first=True)
     return rows.unflatten(0, grids.shape[:-1])
-
-
-def token_mask(grids: Tensor, count: int, num_prefix_tokens: int = 0) -> Tensor:
-    """Which of `count` tokens of each picture are there: (... 2) -> (... count) bool."""
-    patches = grids.prod(-1, keepdim=True)
-    lengths = patches + num_prefix_tokens * (patches > 0)
-    return torch.arange(count, device=grids.device) < lengths

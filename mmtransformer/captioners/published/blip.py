@@ -13,8 +13,9 @@ from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner
+from mmtransformer.captioners.base import INSTRUCTION, Captioner
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode

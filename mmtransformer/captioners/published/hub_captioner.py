@@ -14,7 +14,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import repeat_rows
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner
 
 _VISION = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder", "vision_backbone",
            "image_tower", "video_tower", "vqmodel", "vision_embed_tokens", "encoder")  # fmt: skip

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import DecoderState, repeat_rows, vocabulary_error
+from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock

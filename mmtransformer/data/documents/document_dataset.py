@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.data.documents.documents import Documents
 from mmtransformer.data.documents.packing import DocumentRows, Piece
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors

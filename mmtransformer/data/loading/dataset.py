@@ -13,8 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmtransformer.backbones.vit_variants.padded import pad_images
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.batch.images import pad_images
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.features import FeatureCache
 from mmtransformer.data.loading.hashing import generator, hash64

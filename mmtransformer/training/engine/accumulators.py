@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmtransformer.losses.next_token import SumAndCount
+from mmtransformer.batch import SumAndCount
 
 
 def all_reduce_sum(numbers: Tensor, processes: int) -> Tensor:

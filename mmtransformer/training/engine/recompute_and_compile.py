@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmtransformer.captioners.base import is_frozen
+from mmtransformer.layers.modes import is_frozen
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

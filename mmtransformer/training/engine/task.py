@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmtransformer.batch import SumAndCount
 from mmtransformer.data.loading.module import DataModule
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.printable import counted, printable, say
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums

@@ -1,6 +1,6 @@
 """Connectors compared: the same vision tower and language model, as many numbers to learn, the same steps and data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -17,6 +17,8 @@ from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.connectors.transformer import TransformerConnector
+from mmtransformer.layers.modes import is_frozen
+from mmtransformer.metrics.scores import HEADLINE, TABLE
 from mmtransformer.serialization.pretrained import from_config, to_config
 
 
@@ -83,6 +85,24 @@ def connector_parameters(captioner: Captioner) -> int:
     return sum(p.numel() for p in captioner.parameters() if p.requires_grad and id(p) not in own)
 
 
+def with_connector(captioner: Captioner, connector: str, parameters: int) -> Captioner:
+    """A captioner of the same towers, frozen where they were, with another connector: see `sized`.
+
+    Raises:
+        ValueError: if it has no language model that reads text alone, and as `sized`.
+    """
+    decoder = getattr(captioner, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
+    if getattr(decoder, "context_dim", None) is not None:
+        raise ValueError(
+            "the recipe's language model has a connector within it, cross-attention: ablate needs one that reads text "
+            "alone, as that of flamingo_scenes does"
+        )
+    frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
+    return sized(connector, captioner.vision, decoder, parameters, frozen)
+
+
 def sized(connector: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
     """A captioner whose connector has as nearly so many parameters as its width allows.
 
@@ -124,3 +144,26 @@ def check_connectors(connectors: Sequence[str]) -> None:
     """
     if unknown := [name for name in connectors if name not in CONNECTORS]:
         raise ValueError(f"no connector {', '.join(unknown)}; there are {', '.join(CONNECTORS)}")
+
+
+def headline(names: Iterable[str]) -> list[str]:
+    """Those of `scores_of` that are drawn."""
+    return [name for name in names if name.startswith(("facts", *(TABLE[n].label for n in HEADLINE)))]
+
+
+def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run's metrics.json that are compared."""
+    found: dict[str, float] = {}
+    for split, by in metrics.get("facts", {}).items():
+        found |= {f"facts % {split} {language}": 100 * x for language, x in by.items()}
+    if not found:
+        for split, by in metrics.get("captions", {}).items():
+            for language, scores in by.items():
+                label = f"{split}" if language == "any" else f"{split} {language}"
+                values = scores["values"]
+                found |= {f"{TABLE[n].label} {label}": TABLE[n].times * values[n] for n in HEADLINE if n in values}
+    for split, losses in metrics.get("image_ablation", {}).items():
+        found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
+    training = metrics["training"]
+    found |= {"connector parameters": metrics["connector_parameters"], "steps": training["steps"]}
+    return found | {"seconds": training["seconds"]}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.rows import CaptionRow

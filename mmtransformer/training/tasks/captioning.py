@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
+from mmtransformer.batch import CaptionBatch, SumAndCount
+from mmtransformer.captioners.base import Captioner, caption_loss
 from mmtransformer.captioners.coca import CoCa
 from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.data.captions import CaptionData
@@ -21,7 +22,7 @@ from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.guidance import blank_images
 from mmtransformer.layers.lora import merge_lora
-from mmtransformer.losses.next_token import SumAndCount
+from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization.printable import counted, program, say

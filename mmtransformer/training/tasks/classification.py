@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.batch import SumAndCount
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
 from mmtransformer.layers.linear import Linear
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.plots import Card, CardCaption, plot_gallery, plot_rollout, save_image

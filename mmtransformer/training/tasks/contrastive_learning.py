@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
+from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.dual_encoders.clip import CLIP
+from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.losses.distributed import all_gather_rows
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
 from mmtransformer.serialization.printable import fenced, program

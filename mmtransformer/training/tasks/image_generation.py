@@ -5,12 +5,11 @@ from shlex import quote
 
 import torch
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.diffusion.image_generation import ImageGenerationConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.image_generator import ImageGenerator
 from mmtransformer.plots import Card, CardCaption, plot_gallery, save_image

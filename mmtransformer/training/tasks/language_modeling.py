@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmtransformer.backbones.base import Decoder
+from mmtransformer.batch import SumAndCount
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.layers.lora import merge_lora
-from mmtransformer.losses.next_token import SumAndCount, next_token_loss
+from mmtransformer.losses.next_token import next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import OptimConfig

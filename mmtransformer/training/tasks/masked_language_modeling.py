@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.batch import SumAndCount
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, ModelOutput, SumAndCount
+from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.captioners.blip2_qformer import TERMS, Blip2QFormer
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING

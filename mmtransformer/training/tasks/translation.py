@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from mmtransformer.backbones.seq2seq import Seq2SeqBatch, Transformer
+from mmtransformer.backbones.seq2seq import Transformer
+from mmtransformer.batch import Seq2SeqBatch, SumAndCount
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.parallel_texts import Parallel
 from mmtransformer.data.translation import TranslationData
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.losses.next_token import SumAndCount, next_token_loss
+from mmtransformer.losses.next_token import next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import plot_attention, save_image

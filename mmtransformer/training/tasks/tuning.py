@@ -6,10 +6,11 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from mmtransformer.captioners.base import Captioner, is_frozen
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.lora import add_lora
+from mmtransformer.layers.modes import is_frozen
 from mmtransformer.serialization.printable import counted
 from mmtransformer.training.engine.parameters import towers_of, trainable_parameters
 from mmtransformer.weights.adapters import part_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.published.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder

@@ -11,7 +11,7 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.git import Git
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json

@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in

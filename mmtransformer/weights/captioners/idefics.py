@@ -14,7 +14,7 @@ from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler

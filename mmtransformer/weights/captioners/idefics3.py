@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.connectors.projector import LinearProjector
 from mmtransformer.images.tiles import split_tiles

@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.captioners.tiles import TileConfig, TiledBatch
 from mmtransformer.connectors.projector import MLPProjector

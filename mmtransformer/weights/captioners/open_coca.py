@@ -11,7 +11,7 @@ from torch import Tensor
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.open_coca import OpenCoCa
 from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
 from mmtransformer.serialization.pretrained import find_folder, read_safetensors, write_weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler

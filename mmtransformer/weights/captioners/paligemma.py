@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.paligemma import PaliGemma
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.connectors.linear import LinearConnector
 from mmtransformer.serialization.pretrained import CONFIG, find_folder

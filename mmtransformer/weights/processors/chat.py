@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.text.conversation import messages_of, turns_of

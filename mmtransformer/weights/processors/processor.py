@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image, new
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.text.tokenizer import Tokenizer

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
-from mmtransformer.captioners.base import freeze as freeze_module
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import add_lora
+from mmtransformer.layers.modes import freeze as freeze_module
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import (
     CONFIG,

@@ -13,13 +13,13 @@ from torch import nn
 
 from mmtransformer import ViTBlockConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
 from mmtransformer.data.loading.features import FeatureCache, FeatureCacheConfig, cache_key
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, ImageTransform
+from mmtransformer.layers.modes import freeze
 from support.sources import FakePairs, FakeSource, make
 
 TRANSFORM = ImageTransform(image_size=(12, 20))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmtransformer.losses.next_token import SumAndCount
+from mmtransformer.batch import SumAndCount
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator
 
 

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mmtransformer import QFormer, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer.batch import SumAndCount
 from mmtransformer.cli import main
 from mmtransformer.data.loading.module import Splits
-from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.training.callbacks.samples import SamplePrinter
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.checkpoints import read

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.cli.guards.errors import one_line
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.guard import (

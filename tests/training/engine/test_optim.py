@@ -12,9 +12,11 @@ from timm.optim.nadamw import NAdamW
 from torch import nn
 
 from mmtransformer import Flamingo, PerceiverResampler, TextDecoder, VisionEncoderDecoder, ViT, ViTPatchConfig
-from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import caption_loss
 from mmtransformer.captioners.flamingo import GatedBlockConfig
 from mmtransformer.layers.kernels import Bfloat16Hardware
+from mmtransformer.layers.modes import freeze
 from mmtransformer.training.engine import optim
 from mmtransformer.training.engine.optim import OptimConfig, adamw, muon, warmup_cosine
 from mmtransformer.training.engine.parameters import lr_scales

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer import Blip2, CoCa, Flamingo, PositionConfig, QFormer, TextDecoder, VisionEncoderDecoder, ViT
-from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.training.callbacks.samples import SamplePrinter
 from mmtransformer.training.callbacks.saving import LastCheckpoint
 from mmtransformer.training.engine.optim import OptimConfig

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.batch import CaptionBatch
 from mmtransformer.training.callbacks.throughput import Throughput, gemm_rate
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import OptimConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmtransformer import CaptionBatch, TextDecoder, ViT
-from mmtransformer.captioners.base import is_frozen
 from mmtransformer.cli import main
+from mmtransformer.layers.modes import is_frozen
 from mmtransformer.training.evaluation.ablation import CONNECTORS, Frozen, connector_parameters, sized
 
 FROZEN = Frozen(freeze_vision=True, freeze_decoder=True)

@@ -10,13 +10,15 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
-from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze, is_frozen
+from mmtransformer.batch import CaptionBatch
+from mmtransformer.captioners.base import caption_loss
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.training import Captioning, NonFiniteError, Progress, SamplePrinter, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
 from mmtransformer.training.engine.optim import OptimConfig

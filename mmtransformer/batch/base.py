@@ -1,4 +1,4 @@
-"""Batch: tensors that travel together."""
+"""What every batch is: a dataclass of tensors that move together, and what is refused of its masks and ids."""
 
 import reprlib
 from collections.abc import Sequence
@@ -46,6 +46,14 @@ def check_shape(x: Tensor | None, name: str, shape: Sequence[int], of: str) -> N
     """
     if x is not None and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} {tuple(x.shape)} is not of the {of} {tuple(shape)}")
+
+
+def vocabulary_error(tokens: Tensor, vocab_size: int, reader: str = "a decoder") -> ValueError:
+    """What to say where an id is outside the table: on CPUs only, elsewhere the look at the ids would be a wait."""
+    return ValueError(
+        f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to {reader} with a vocabulary of "
+        f"{vocab_size}: model and tokenizer do not belong together"
+    )
 
 
 def with_images(pixels: Tensor) -> Tensor:
