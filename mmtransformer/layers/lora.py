@@ -70,3 +70,16 @@ def merge_lora(model: Module) -> Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     return model
+
+
+def refuse_lora(model: nn.Module) -> None:
+    """Refuses to write a model with low-rank products, whose tensors no reader of the model has a place for.
+
+    Raises:
+        ValueError: naming one of them, and `merge_lora`.
+    """
+    if products := [name for name in model.state_dict(keep_vars=True) if ".lora_A." in name]:
+        raise ValueError(
+            f"{type(model).__name__} is not saved with LoRA's products beside its weights ({products[0]}, the first of "
+            f"{len(products)}): mmtransformer.layers.lora.merge_lora(model) adds them in; then save it"
+        )

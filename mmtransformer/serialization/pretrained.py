@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
 from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
@@ -295,18 +296,15 @@ def refuse_unreadable(module: nn.Module, config: dict[str, Any]) -> None:
     Raises:
         ValueError: naming them.
     """
+    refuse_lora(module)
     own = module.state_dict(keep_vars=True)
     name = type(module).__name__
     again = rebuilt(config)
     fresh = own if again is None else again.state_dict(keep_vars=True)
     other = [key for key in own if key not in fresh or own[key].shape != fresh[key].shape]
     other += [key for key in fresh if key not in own]
-    lora = [key for key in own if ".lora_" in key]
-    if other or lora:
-        hint = "; merge_lora takes its products in" if lora else ""
-        raise ValueError(
-            f"{name} is not saved, as it could not be loaded: its arguments say nothing of {_few(other or lora)}{hint}"
-        )
+    if other:
+        raise ValueError(f"{name} is not saved, as it could not be loaded: its arguments say nothing of {_few(other)}")
     if strange := _ties(own) ^ _ties(fresh):
         raise ValueError(
             f"{name} is not saved, since it could not be loaded: its arguments do not say of "

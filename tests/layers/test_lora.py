@@ -1,13 +1,16 @@
 """LoRA: the paper's formula, nothing changed at first, the base untouched, and merging that changes nothing."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, ViT, caption_loss
+from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, VisionEncoderDecoder, ViT, caption_loss
 from mmtransformer.layers.lora import add_lora, merge_lora
-from mmtransformer.weights import load_lm
+from mmtransformer.weights import load_lm, save_lm, save_vit
 
 TOKENS = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -117,3 +120,19 @@ def test_a_head_that_is_the_embedding_is_refused() -> None:
     before = untied.head(untied(tokens))
     merged = merge_lora(untied)
     torch.testing.assert_close(merged.head(merged(tokens)), before, atol=1e-5, rtol=1e-5)
+
+
+def test_saving_before_merging_names_what_merges(tmp_path: Path) -> None:
+    said = r"LoRA's products beside its weights \(.*lora_A.*, the first of \d+\): .*merge_lora\(model\) adds"
+    lm, vit = add_lora(TextDecoder(31, 24, 1, 4)), add_lora(ViT(16, 8, 16, 1, 2))
+    saves: list[Callable[[Path], None]] = [
+        lm.save_pretrained,
+        partial(save_lm, lm),
+        partial(save_vit, vit),
+        VisionEncoderDecoder(vit, TextDecoder(31, 16, 1, 2, context_dim=16)).save_pretrained,
+    ]
+    for save in saves:
+        with pytest.raises(ValueError, match=said):
+            save(tmp_path / "saved")
+        assert not [*tmp_path.iterdir()]
+    save_lm(merge_lora(lm), tmp_path / "saved")

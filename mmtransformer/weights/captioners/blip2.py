@@ -15,6 +15,7 @@ from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
+from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
@@ -184,6 +185,7 @@ def to_blip2(model: Blip2 | Blip2QFormer) -> tuple[dict[str, Any], dict[str, Ten
     Raises:
         ValueError: if a part has no counterpart there.
     """
+    refuse_lora(model)
     vision, tensors = vision_to_blip2(model.vision)
     config: dict[str, Any] = {
         "model_type": "blip-2",

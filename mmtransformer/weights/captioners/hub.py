@@ -14,6 +14,7 @@ from torch import Tensor
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
@@ -80,6 +81,7 @@ def load_hub(source: str | Path) -> HubCaptioner:
 
 def save_hub(model: HubCaptioner, folder: str | Path) -> None:
     """Writes a folder that transformers reads."""
+    refuse_lora(model)
     model.model.save_pretrained(str(folder))
 
 

@@ -21,6 +21,7 @@ from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder
@@ -322,6 +323,7 @@ def save_openflamingo(
     Raises:
         ValueError: if it is of another kind, or what is not written is not the base's, before anything is written.
     """
+    refuse_lora(model)
     first, *others = model.cross_layers
     config: dict[str, Any] = {"model_type": "openflamingo"}
     config["cross_attn_every_n_layers"] = others[0] - first if others else 1

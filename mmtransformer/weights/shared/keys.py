@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.pretrained import load_strictly
 
 _BUFFERS = re.compile(r"(.+\.)?(position_ids|masked_bias|rotary_emb\.inv_freq)")
@@ -168,6 +169,7 @@ def export(
     Raises:
         ValueError: naming tensors that the other project has no place for.
     """
+    refuse_lora(module)
     own = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(kept)}
     table = key_mappings(keys, own, transposed=transposed)
     known = {name for row in table for name in row.target}

@@ -210,7 +210,7 @@ def test_images_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
         assert split.image(1, 2).getpixel((0, 0)) == colour(12)
     alone = InterleavedFiles(tmp_path / "docs" / "d.jsonl", val_fraction=0)
     assert len(alone.split("train")) == 2
-    climbing = [
+    climbing: list[object] = [
         record(i) | {"images": [f"../store/{name}" for name in (f"p/{10 * i}.png", f"p/{10 * i + 1}.png")]}
         for i in range(2)
     ]

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.layers.lora import add_lora
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
 from support.hub import pairs
@@ -157,6 +158,11 @@ def test_what_it_cannot_do_is_said(
     assert (code, bool(out.strip())) == (0, True)
     if name != "gemma3":
         return
+    tuned = load(base)
+    add_lora(tuned.model, ["q_proj"])
+    with pytest.raises(ValueError, match=r"lora_A.*merge_lora\(model\) adds them in"):
+        tuned.save_pretrained(tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
     strange = tmp_path / "strange"
     shutil.copytree(base, strange)
     config = json.loads((strange / "config.json").read_text())
