@@ -10,7 +10,7 @@ them differ), l embeddings of an image, t prompt tokens.
 from torch import Tensor
 
 from mmtransformer.backbones.base import repeat_rows
-from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
+from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq
 from mmtransformer.backbones.seq2seq import Source, Transformer, TransformerState
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.soft_prompt import join_images

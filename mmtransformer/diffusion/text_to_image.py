@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, TextContext
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
+from mmtransformer.backbones.hub.autoencoder import HubAutoencoder
 from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.dual_encoders.text_tower import TextTower

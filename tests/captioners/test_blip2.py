@@ -350,7 +350,7 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
 def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from mmtransformer.backbones.hub_decoder import HubDecoder
+    from mmtransformer.backbones.hub.decoder import HubDecoder
 
     torch.manual_seed(6)
     lm = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,

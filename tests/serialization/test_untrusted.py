@@ -21,7 +21,7 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
-from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
     ViTSettings,

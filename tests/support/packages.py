@@ -18,6 +18,7 @@ IMPORT_ORDER = [
     "metrics",
     "backbones",
     "backbones/vit_variants",
+    "backbones/hub",
     "connectors",
     "losses",
     "captioners",

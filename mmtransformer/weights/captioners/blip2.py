@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.backbones.hub_decoder import HubDecoder
-from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
+from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
-from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.configs import only

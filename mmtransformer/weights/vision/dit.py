@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
-from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
+from mmtransformer.backbones.hub.autoencoder import HubAutoencoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json, read_safetensors
 from mmtransformer.weights.shared.configs import only, only_these, read_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder

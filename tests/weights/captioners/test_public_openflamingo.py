@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.printable import printable
 from mmtransformer.weights.captioners import openflamingo

@@ -22,7 +22,7 @@ from mmtransformer import (
     TextDecoder,
     Tokenizer,
 )
-from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.weights import lm_from_transformers, lm_to_transformers, load_lm, save_lm
 from mmtransformer.weights.text.llama import rope_of
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState
-from mmtransformer.backbones.hub_decoder import HubCache
+from mmtransformer.backbones.hub.decoder import HubCache
 from mmtransformer.backbones.seq2seq import Source, TransformerState, join_prefix
 from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.serialization.pretrained import Pretrained
