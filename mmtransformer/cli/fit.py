@@ -84,8 +84,13 @@ def run(name: str, words: Sequence[str]) -> int:
     cli = recipe_cli(list(words), folder)
     if name == "fit":
         fit(cli)
-    else:
-        getattr(cli.trainer, name)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint(cli))
+        return 0
+    # Lightning's table has a column for each split, and every number in all of them
+    found = getattr(cli.trainer, name)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint(cli), verbose=False)
+    metrics = {key: value for some in found for key, value in some.items()}
+    width = max(map(len, metrics), default=0)
+    if metrics and cli.trainer.is_global_zero:
+        say("\n".join(f"{key:<{width}}  {value:.6g}" for key, value in metrics.items()))
     return 0
 
 

@@ -112,5 +112,9 @@ def test_a_run_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture
         (folder / "held").unlink()
     (folder / ".lock").unlink()
     assert contents(folder) == before
+    capsys.readouterr()
     assert mmt("validate", folder, f"--ckpt_path={folder}/checkpoints/last.ckpt") == 0
+    said = capsys.readouterr().out
+    for metric in ("val/loss ", "val/perplexity ", "compositional/loss_blank_image "):  # each once, of all splits
+        assert len(re.findall(rf"^{metric} +\d[\d.]*$", said, re.MULTILINE)) == said.count(metric) == 1, said
     assert contents(folder) == before  # the log of the training too
