@@ -1,17 +1,15 @@
 """Many pictures in one call: taken in their order, told or written down as they come, and gone on with when stopped."""
 
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from mmtransformer.cli.options import progress_bar
 from mmtransformer.serialization.printable import counted, printable, program, say
+from mmtransformer.serialization.processes import ended_as_by_exit
 
 if TYPE_CHECKING:
     from mmtransformer.data.image_files import ImageFiles
@@ -141,22 +139,14 @@ def told_when_stopped(so_far: Callable[[], str]) -> Iterator[None]:
     Raises:
         KeyboardInterrupt: With these words; SIGTERM ends the process with 143.
     """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if mine else None
     try:
-        yield
+        with ended_as_by_exit():
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(so_far()) from None
     except SystemExit:
         say(f"mmt: terminated {so_far()}", file=sys.stderr)
         raise
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
 
 
 def places(words: Sequence[str]) -> Iterator[str]:

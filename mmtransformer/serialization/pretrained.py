@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
+from mmtransformer.serialization.processes import ended_as_by_exit
 from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
 from mmtransformer.serialization.uses import other_kind
@@ -181,7 +182,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             state[name] = tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
     part = path.with_name(f"{path.name}.part")
     try:
-        with weights_written_to(path):
+        with ended_as_by_exit(), weights_written_to(path):
             save_file(state, part, metadata={"format": "pt"})
             part.replace(path)
     finally:

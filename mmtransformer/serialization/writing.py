@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
+
+from mmtransformer.serialization.processes import ended_as_by_exit, lives
 
 
 def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> Path:
@@ -38,7 +42,9 @@ def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) ->
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Writes a folder whole or not at all: an error on the way leaves nothing.
+    """Writes a folder whole or not at all: an error on the way leaves nothing, nor do Ctrl+C and SIGTERM.
+
+    What a process that was killed has left is cleared away by the next that writes the same folder.
 
     Args:
         folder: where to; there is none, or an empty one.
@@ -48,22 +54,27 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}.", suffix=".part"))
-    inside = place / folder.name
-    try:
-        inside.mkdir()
-        yield inside
-        if folder.exists():  # it may be the current one, or a disk's: filled, not replaced
-            for item in inside.iterdir():
-                item.rename(folder / item.name)
-        else:
-            inside.rename(folder)
-    except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(str(inside), str(folder))
-        raise
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    prefix = f".{folder.name[:40]}.{socket.gethostname()}-"
+    for litter in folder.parent.glob(f"{escape(prefix)}*.part"):
+        if not lives(litter.name.removeprefix(prefix).partition(".")[0]):
+            shutil.rmtree(litter, ignore_errors=True)
+    with ended_as_by_exit():
+        place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{prefix}{os.getpid()}.", suffix=".part"))
+        inside = place / folder.name
+        try:
+            inside.mkdir()
+            yield inside
+            if folder.exists():  # it may be the current one, or a disk's: filled, not replaced
+                for item in inside.iterdir():
+                    item.rename(folder / item.name)
+            else:
+                inside.rename(folder)
+        except OSError as error:
+            if isinstance(error.filename, str):
+                error.filename = error.filename.replace(str(inside), str(folder))
+            raise
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

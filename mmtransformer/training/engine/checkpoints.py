@@ -23,6 +23,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from mmtransformer.serialization.processes import lives
+
 SUFFIX = ".ckpt"
 FORMAT_VERSION = 4
 """What stands in a checkpoint and how; one more with every change after which a run could not go on."""
@@ -205,22 +207,12 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
     swept, here = [], socket.gethostname()
     for litter in Path(folder).glob(f".*{SUFFIX}.*.part"):
         host, _, number = litter.name.removesuffix(".part").rpartition(f"{SUFFIX}.")[2].rpartition("-")
-        if host == here and _lives(number):
+        if host == here and lives(number):
             continue
         with contextlib.suppress(OSError):
             litter.unlink()
             swept.append(litter)
     return swept
-
-
-def _lives(number: str) -> bool:
-    try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return int(number) != os.getpid()
 
 
 def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
