@@ -23,7 +23,9 @@ from mmtransformer.serialization.writing import check_place
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mmtransformer.data.image_files import ImageFiles
     from mmtransformer.generation.captions import CaptionResult, PromptBuilder
+    from mmtransformer.pipelines.caption_files import ResultFile
     from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
     from mmtransformer.pipelines.many_images import Said
@@ -34,12 +36,10 @@ def run(name: str, words: Sequence[str]) -> int:
     args = _parser(name).parse_args(list(words))
     _check(args)
 
-    from mmtransformer.pipelines.caption_files import CAPTIONS, framed, result_file
+    from mmtransformer.pipelines.caption_files import framed
     from mmtransformer.pipelines.many_images import CaptionJob, devices_of
 
-    options = {"overwrite": args.overwrite, "language": args.language}
-    open_file = partial(result_file, args.out, CAPTIONS, **options) if args.out else None
-    many = ManyImages(name, words, args.images, open_file)
+    many = ManyImages(name, words, args.images, partial(_open, args) if args.out else None)
     images = many.images
     devices = devices_of(args.device, args.devices)
     languages = None if args.language is None else (args.language,)
@@ -115,6 +115,23 @@ def _check(args: argparse.Namespace) -> None:
     if args.examples is None and (args.num_shots is not None or args.nearest):
         raise ValueError("--num-shots and --nearest need examples to choose from: --examples FOLDER")
     check_out_options(args, "captions")
+
+
+def _open(args: argparse.Namespace, images: "ImageFiles") -> "ResultFile":
+    """Where captions go; a file that has these pictures' captions in another language is refused."""
+    from mmtransformer.pipelines.caption_files import CAPTIONS, result_file
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+
+    out = result_file(args.out, CAPTIONS, images, overwrite=args.overwrite)
+    there = [code for i in range(len(images)) if (code := out.language(i))]
+    if args.language and (others := sorted({*there} - {args.language})):
+        ImageCaptioner.from_pretrained(args.model, device=args.device).language(args.language)  # one that it knows
+        count = counted(sum(code != args.language for code in there), "picture")
+        raise ValueError(
+            f"{args.out} holds captions in {', '.join(others)} of {count}, which would have none in {args.language}: "
+            f"--overwrite writes them anew, or name another file"
+        )
+    return out
 
 
 def _lines(name: str, captions: Sequence["CaptionResult"], as_json: bool, images: int) -> Iterator[str]:

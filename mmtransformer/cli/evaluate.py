@@ -37,7 +37,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.nearest and args.num_shots is None:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
     if args.overwrite and not args.captions_out:
-        raise ValueError("--overwrite captions anew what is in the file of --captions-out, and none is named")
+        raise ValueError("--overwrite begins the file of --captions-out anew, and none is named")
     if args.clip_prefix and not args.clip_score:
         raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
 
@@ -128,7 +128,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--out", metavar="OUT.json", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a stopped call, run again, resumes from the file"
     add("--captions-out", metavar="OUT.jsonl", help=text)
-    add("--overwrite", action="store_true", help="caption again what is in the file of --captions-out")
+    add("--overwrite", action="store_true", help="begin the file of --captions-out anew")
     add_many_options(parser, batch_size=32)
     add_generation_options(parser, without=("num_return_sequences",))
     add_read_options(parser)
@@ -180,7 +180,9 @@ def _caption(
 
     def so_far() -> str:
         kept = f": what is done is in {file.path}, and the same call goes on"
-        kept = kept.replace("same call", "same call without --overwrite") if args.overwrite else kept
+        kept = (
+            kept.replace("same call", "same call without --overwrite") if args.overwrite and done > len(bad) else kept
+        )
         return f"after {done:,} of {counted(len(todo), 'picture')}{kept if file.path else ''}"
 
     with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar, told_when_stopped(so_far):

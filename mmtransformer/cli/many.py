@@ -77,7 +77,7 @@ class ManyImages:
         with progress_bar(len(self.todo), shown=len(self.todo) > batch_size) as bar, told_when_stopped(so_far):
             for i, said in results:
                 if isinstance(said, ImageError):
-                    kept = "; its earlier caption stays" if self.out and self.out.keeps(i) else ""
+                    kept = "; its earlier caption stays" if self.out and self.out.keep(i) else ""
                     self.bad[self.images.name(i)] = f"{said}{kept}"
                     if not self._alone:  # a lone one is told in `finish`
                         bar.write(printable(f"mmt {self._name}: {said}{kept}"), file=sys.stderr)
@@ -125,8 +125,7 @@ class ManyImages:
 
     def _again(self, out: "ResultFile") -> str:
         """The command that tries the bad pictures again, with the options of this call."""
-        options = [word for word in self._options if not (out.emptied and word == "--overwrite")]
-        return f"{program()} {' '.join(map(quote, (self._name, f'@{out.bad_list}', *options)))}"
+        return f"{program()} {' '.join(map(quote, (self._name, f'@{out.bad_list}', *self._options)))}"
 
 
 @contextmanager

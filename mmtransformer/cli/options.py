@@ -76,7 +76,7 @@ def add_out_options(parser: argparse.ArgumentParser, what: str, forms: str) -> N
     """
     text = f"write the {what}: {forms}; pictures that have {what} there are skipped, so a stopped call can be run again"
     parser.add_argument("--out", metavar="OUT", help=text)
-    parser.add_argument("--overwrite", action="store_true", help=f"write {what} anew where there are some in OUT")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace the {what} of these pictures in OUT")
 
 
 def check_out_options(args: argparse.Namespace, what: str) -> None:

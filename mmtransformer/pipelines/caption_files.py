@@ -8,13 +8,14 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
-from mmtransformer.serialization.printable import counted, json_text
-from mmtransformer.serialization.writing import naming, write_whole
+from mmtransformer.serialization.printable import json_text
+from mmtransformer.serialization.writing import check_place, naming, write_whole
 from mmtransformer.text.detokenize import detokenize
 
 T = TypeVar("T")
@@ -68,21 +69,19 @@ class ResultFile(ABC, Generic[T]):
         where: What it is called in messages.
         bad_list: The list of the pictures that could not be used.
         way_on: What goes on after the program was stopped, in words.
-        emptied: Whether what was there is gone.
     """
 
     where: str
     bad_list: Path
     way_on = "the same call goes on with the others"
-    emptied = False
 
     @abstractmethod
     def has(self, i: int) -> bool:
-        """Whether picture i has its results there."""
+        """Whether picture i has its results there, which are to stay."""
 
-    def keeps(self, i: int) -> bool:
-        """Whether picture i has results there, which are replaced where there are new ones."""
-        return False
+    @abstractmethod
+    def keep(self, i: int) -> bool:
+        """Lets picture i, which could not be used, have its earlier results; whether there are any."""
 
     def language(self, i: int) -> str:
         """The language that the results of picture i are said to be in; "" where nothing says it."""
@@ -96,48 +95,47 @@ class ResultFile(ABC, Generic[T]):
 class Lines(ResultFile[T]):
     """A file of lines, to which lines are added: JSON lines, or a table (`.csv`).
 
+    Until the first results are written the file is as it was. It is left with those of other pictures, without a last
+    line that was cut off.
+
     Args:
         path: The file.
         form: What its lines hold.
         images: The pictures.
-        overwrite: Whether it starts anew; else what it holds stays, and a last line that was cut off is taken away.
-        language: The language that results are asked for in; None = any.
+        overwrite: Whether what it holds of these pictures is replaced.
 
     Raises:
-        ValueError: If the file holds something else, or results of these pictures in another language.
+        ValueError: If the file holds something else, or nothing can be written there.
     """
 
-    def __init__(
-        self, path: Path, form: LineFormat[T], images: ImageFiles, *, overwrite: bool, language: str | None = None
-    ) -> None:
+    def __init__(self, path: Path, form: LineFormat[T], images: ImageFiles, *, overwrite: bool) -> None:
+        check_place(path, "--out")
         self.where, self._path, self._form, self._images = str(path), path, form, images
-        self.emptied = overwrite
-        if overwrite:
-            self.way_on = "the same call without --overwrite goes on with the others"
+        self._overwrite, self._table = overwrite, path.suffix.lower() == ".csv"
         self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
-        self._table = path.suffix.lower() == ".csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._done: dict[str, str] = {}  # name -> language
-        if path.exists() and not overwrite:
-            with path.open("rb+") as file:
-                self._done = self._read(file)
-        there = [found for i in range(len(images)) if (found := self.language(i))]
-        if language and (others := sorted({*there} - {language})):
-            count = counted(sum(found != language for found in there), "picture")
-            raise ValueError(
-                f"{path} holds {form.key} in {', '.join(others)} of {count}, which would have none in {language}: "
-                f"--overwrite writes them anew, or name another file"
-            )
-        new = overwrite or not path.exists() or path.stat().st_size == 0
-        # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
-        if new:
-            header = "\ufeff" + self._row(("image", *form.columns)) if self._table else ""
-            with naming(path):
-                path.write_text(header, encoding="utf-8", newline="")
+        given = {images.name(i) for i in range(len(images))} if overwrite else set[str]()
+        header, rows, cut = self._read(path.read_bytes() if path.exists() else b"")
+        self._done = {name: language for name, language, _ in rows if name not in given and language is not None}
+        self._earlier: dict[str, str] = {}
+        for name, _, row in rows:
+            if name in given:
+                self._earlier[name] = self._earlier.get(name, "") + self._line(row)
+        self._anew: str | None = None  # what the file begins with, once there is more to write; None adds to it
+        if overwrite or cut or not rows:
+            self._anew = header + "".join(self._line(row) for name, _, row in rows if name not in given)
 
     def has(self, i: int) -> bool:
         """Whether picture i has a line."""
         return self._images.name(i) in self._done
+
+    def keep(self, i: int) -> bool:
+        """Puts the earlier lines of picture i back."""
+        if lines := self._earlier.get(self._images.name(i)):
+            if self._anew is None:
+                self._add(lines)
+            else:
+                self._anew += lines
+        return bool(lines)
 
     def language(self, i: int) -> str:
         """The language of the last line of picture i."""
@@ -147,51 +145,67 @@ class Lines(ResultFile[T]):
         """Adds the lines of picture i."""
         name = self._images.name(i)
         if self._table:
-            text = "".join(self._row((name, *row)) for row in self._form.to_rows(said))
+            self._add("".join(self._line([name, *row]) for row in self._form.to_rows(said)))
         else:
-            text = self._form.json_line(name, said) + "\n"
+            self._add(self._line(self._form.json_line(name, said)))
+
+    def _add(self, text: str) -> None:
         # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
-        with naming(self._path), self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
+        data = ((self._anew or "") + text).encode("utf-8", "backslashreplace")
+        if self._anew is not None:
+            write_whole(self._path.resolve() if self._path.is_symlink() else self._path, data)
+            self._anew = None
+            if self._overwrite:
+                self.way_on = "the same call without --overwrite goes on with the others"
+            return
+        with naming(self._path), self._path.open("ab") as file:
+            file.write(data)
 
     @staticmethod
-    def _row(cells: Iterable[str]) -> str:
+    def _line(row: str | Sequence[str]) -> str:
+        if isinstance(row, str):
+            return f"{row}\n"
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
+        csv.writer(text, lineterminator="\n").writerow(row)
         return text.getvalue()
 
-    def _read(self, file: Any) -> dict[str, str]:
-        data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            if self._table:  # of a picture with several rows all go
-                name, _, _ = whole[whole.rfind(b"\n", 0, -1) + 1 :].partition(b",")
-                while whole.startswith(name + b",", last := whole.rfind(b"\n", 0, -1) + 1):
-                    whole = whole[:last]
-            file.truncate(len(whole))
-        key, columns = self._form.key, ["image", self._form.columns[0]]
+    def _read(self, data: bytes) -> tuple[str, Sequence[tuple[str, str | None, str | Sequence[str]]], bool]:
+        """The first line of a table; of each other line the picture, the language (None where it has no results) and
+        the line itself; whether the last one was cut off.
+        """
+        whole, own = data[: data.rfind(b"\n") + 1], ["image", *self._form.columns]
+        # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
+        start = "\ufeff" + self._line(own) if self._table else '{"image": '
+        begun = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+        key, first = self._form.key, start.removeprefix("\ufeff")
         try:
-            text = whole.decode("utf-8-sig")
+            if not (whole or begun.startswith(first) or first.startswith(begun)):
+                raise ValueError("its only line has no end")
+            text, cut = whole.decode("utf-8-sig"), len(whole) < len(data)
             if self._table:
-                header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [columns]
-                if header[:2] != columns:
-                    raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(columns)}")
+                header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [own]
+                if header[:2] != own[:2]:
+                    raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(own[:2])}")
+                rows = [row for row in rows if row]
+                if cut and rows:  # of a picture with several rows all go
+                    rows = [*dropwhile(lambda row, last=rows[-1][0]: row[0] == last, reversed(rows))][::-1]
                 at = header.index("language") if "language" in header else len(header)
-                return {row[0]: "".join(row[at : at + 1]) for row in rows if row}
-            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-            return {line["image"]: _language(line[key]) for line in lines if line[key] is not None}
+                told = [(row[0], "".join(row[at : at + 1]), row) for row in rows]
+                return "\ufeff" + self._line(header), told, cut
+            lines = [(json.loads(line), line) for line in text.split("\n") if line.strip()]
+            told = [(said["image"], _language(said[key]), line) for said, line in lines]
+            return "", told, cut
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             reason = f"a line has no image or no {key}" if isinstance(error, KeyError | TypeError) else error
             raise ValueError(
-                f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file, or "
-                f"--overwrite it"
+                f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file, or delete it"
             ) from error
 
 
-def _language(said: Any) -> str:
-    """The language of results in a line of JSON; "" where they say none."""
+def _language(said: Any) -> str | None:
+    """The language of results in a line of JSON; "" where they say none, None where there are none."""
     first = said[0] if isinstance(said, list) and said else None
-    return str(first.get("language") or "") if isinstance(first, dict) else ""
+    return None if said is None else str(first.get("language") or "") if isinstance(first, dict) else ""
 
 
 class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
@@ -229,9 +243,9 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
 
     def has(self, i: int) -> bool:
         """Whether picture i has its text, which is to stay."""
-        return not self._overwrite and self.keeps(i)
+        return not self._overwrite and self.keep(i)
 
-    def keeps(self, i: int) -> bool:
+    def keep(self, i: int) -> bool:
         """Whether picture i has its text; an empty file is none, as a reader of pairs has it."""
         path = self._path(i)
         return path.exists() and path.stat().st_size > 0
@@ -242,9 +256,7 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
         write_whole(self._path(i), text.encode("utf-8", "replace"))
 
 
-def result_file(
-    out: str, form: LineFormat[Any], images: ImageFiles, *, overwrite: bool = False, language: str | None = None
-) -> ResultFile[Any]:
+def result_file(out: str, form: LineFormat[Any], images: ImageFiles, *, overwrite: bool = False) -> ResultFile[Any]:
     """Where results go, by its name: FILE.jsonl or FILE.csv; captions also a folder, or "txt" or "caption" (beside the
     pictures).
 
@@ -253,7 +265,7 @@ def result_file(
     """
     path = Path(out)
     if path.suffix.lower() in (".jsonl", ".csv") and not path.is_dir():
-        return Lines(path, form, images, overwrite=overwrite, language=language)
+        return Lines(path, form, images, overwrite=overwrite)
     if form is not CAPTIONS:
         raise ValueError(f"--out {out}: give FILE.jsonl or FILE.csv")
     if out in BESIDE:

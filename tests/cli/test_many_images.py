@@ -191,10 +191,9 @@ def test_the_command_that_tries_again_empties_no_file(
     capsys: pytest.CaptureFixture[str], model: str, photos: Path
 ) -> None:
     (photos / "1bad.jpg").write_bytes(b"broken")
-    for out, kept in (("c.jsonl", False), ("texts/", True)):
+    for out in ("c.jsonl", "texts/"):
         _, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out, "--overwrite")
         (command,) = re.findall(rf"`{re.escape(program())} (caption .*)` tries them again", err)
-        assert ("--overwrite" in command) == kept
         mmt(capsys, *shlex.split(command))
     assert names(Path("c.jsonl").read_text("utf-8")) == ALL
 

@@ -12,7 +12,7 @@ from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.untrusted import settings_of
-from mmtransformer.serialization.writing import naming
+from mmtransformer.serialization.writing import check_place, naming, write_whole
 from mmtransformer.training.evaluation.evaluation import Prediction
 
 SCENES = "scenes.json"
@@ -25,7 +25,8 @@ class PredictionFile:
     Args:
         path: The file; None keeps nothing.
         settings: What the captions depend on: model, data, search.
-        overwrite: Whether it starts anew. Otherwise what it holds stays, but for a last line that was cut off.
+        overwrite: Whether it starts anew, with the first predictions that are added: until then it is as it was.
+            Otherwise what it holds stays, but for a last line that was cut off.
 
     Raises:
         ValueError: If the file holds something else, or predictions that were made with other settings.
@@ -35,11 +36,12 @@ class PredictionFile:
         self.path = path
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self._found: dict[str, list[dict[str, Any]]] = {}
+        self._anew: bytes | None = None  # what the file begins with, once there is more to write; None adds to it
         if path is None:
             return
+        check_place(path, "--captions-out")
         if overwrite or not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
+            self._anew = b""
             return
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
@@ -59,7 +61,7 @@ class PredictionFile:
                 )
             self._found.setdefault(row["name"], []).append(row)
         if len(whole) < len(data):
-            path.write_bytes(whole)
+            self._anew = whole
 
     def get(self, index: int, name: str, languages: int) -> list[Prediction] | None:
         """The predictions of a picture, if they are there in so many languages."""
@@ -71,8 +73,13 @@ class PredictionFile:
         if self.path is not None:
             rows = (prediction.to_dict() | {"settings": self.settings} for prediction in predictions)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with naming(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            data = text.encode("utf-8", "backslashreplace")
+            if data and self._anew is not None:
+                write_whole(self.path.resolve() if self.path.is_symlink() else self.path, self._anew + data)
+                self._anew = None
+                return
+            with naming(self.path), self.path.open("ab") as file:
+                file.write(data)
 
 
 def _prediction(index: int, row: Mapping[str, Any]) -> Prediction:

@@ -1,0 +1,167 @@
+"""What `--overwrite` replaces, and when: nothing before there is something new, and nothing of other pictures."""
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmtransformer import (
+    ImageCaptioner,
+    ImageClassifier,
+    ImageTransform,
+    TextDecoder,
+    Tokenizer,
+    VisionEncoderDecoder,
+    ViT,
+)
+from mmtransformer.data.image_files import ImageFiles
+from support.cli import mmt
+
+PICTURES = [f"photos/{i}.png" for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captioner and a classifier that have learnt nothing."""
+    torch.manual_seed(4)
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = Tokenizer.train(["a red dog", "한 마리 개"], 300, ("en", "ko"))
+    decoder = TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, context_dim=16)
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder / "caption")
+    classifier = ViT(32, 8, 16, 1, 2, num_classes=2)
+    ImageClassifier(classifier, ["cat", "dog"], ImageTransform(32), device="cpu").save_pretrained(folder / "classify")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pictures below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i, name in enumerate(PICTURES):
+        Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(name)
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """Picture -> its lines."""
+    text, found = Path(out).read_text("utf-8-sig"), dict[str, list[str]]()
+    if out.endswith(".csv"):
+        for row in [*csv.reader(text.splitlines())][1:]:
+            found.setdefault(row[0], []).append(",".join(row[1:]))
+    else:
+        for line in text.splitlines():
+            found.setdefault(json.loads(line)["image"], []).append(line)
+    return found
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+@pytest.mark.parametrize("command", ["caption", "classify"])
+def test_rows_of_other_pictures_stay(capsys: pytest.CaptureFixture[str], saved: Path, command: str, out: str) -> None:
+    many, few = (
+        {"caption": ["--num-return-sequences", "2"], "classify": ["--top-k", "2"]}[command],
+        {"caption": ["--prefix", "new"], "classify": ["--top-k", "1"]}[command],
+    )
+    words = ["--model", str(saved / command), "--out", out]
+    assert mmt(capsys, command, "photos", *words, *many)[0] == 0
+    before = rows(out)
+    assert [*before] == PICTURES
+    Path(PICTURES[2]).write_bytes(b"broken")
+    code, _, err = mmt(capsys, command, *PICTURES[1:3], *words, *few, "--overwrite")
+    after = rows(out)
+    assert (code, "its earlier caption stays" in err) == (1, True), err
+    assert {name for name in PICTURES if after[name] != before[name]} == {PICTURES[1]}
+    assert len(after[PICTURES[1]]) == 1
+    assert mmt(capsys, command, *PICTURES[:2], *words, *few, "--overwrite")[0] == 0
+    assert {name: len(some) for name, some in rows(out).items()} == {name: len(after[name]) for name in PICTURES} | {
+        PICTURES[0]: 1
+    }
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["photos", "--language", "kr"],
+        ["photos", "--model", "nowhere"],
+        ["photo"],
+        ["photos/5.png", "photos/6.png"],
+        ["photos", "--num-beams", "0"],
+        ["photos", "--batch-size", "0"],
+        ["photos", "--prompt", "a photo of"],
+        ["photos", "--examples", "photos"],
+    ],
+)
+def test_a_call_that_is_refused_leaves_the_file(
+    capsys: pytest.CaptureFixture[str], saved: Path, out: str, wrong: list[str]
+) -> None:
+    words = ["--model", str(saved / "caption"), "--out", out]
+    mmt(capsys, "caption", *wrong, *words[2 * ("--model" in wrong) :], "--overwrite")
+    assert not Path(out).exists()
+    assert mmt(capsys, "caption", "photos", *words)[0] == 0
+    before = Path(out).read_bytes()
+    for cut in (0, 3):  # a last line that was cut off stays, too
+        Path(out).write_bytes(before[: len(before) - cut])
+        code = mmt(capsys, "caption", *wrong, *words[2 * ("--model" in wrong) :], "--overwrite")[0]
+        assert (code > 0, Path(out).read_bytes()) == (True, before[: len(before) - cut])
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+def test_a_call_that_is_interrupted_at_once_leaves_the_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, saved: Path, out: str
+) -> None:
+    words = ["caption", "photos", "--model", str(saved / "caption"), "--out", out, "--batch-size", "1"]
+    assert mmt(capsys, *words)[0] == 0
+    before = Path(out).read_bytes()
+
+    def killed(self: ImageFiles, i: int) -> Image.Image:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        raise AssertionError
+
+    monkeypatch.setattr(ImageFiles, "image", killed)
+    code, _, err = mmt(capsys, *words, "--overwrite")
+    assert (code, Path(out).read_bytes()) == (130, before)
+    assert "after 0 of 5 pictures: what is done is in " in err
+    assert "and the same call goes on with the others" in err
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+@pytest.mark.parametrize("text", ["id,price\n1,2\n", '{"annotations": []}', "image,caption", "no line"])
+def test_a_file_of_something_else_is_not_replaced(
+    capsys: pytest.CaptureFixture[str], saved: Path, out: str, text: str
+) -> None:
+    Path(out).write_text(text)
+    code, _, err = mmt(capsys, "caption", "photos", "--model", str(saved / "caption"), "--out", out, "--overwrite")
+    if (out, text) == ("c.csv", "image,caption"):  # nothing but the beginning of a table of captions
+        assert code == 0
+        return
+    assert (code, "; name another file, or delete it" in err, Path(out).read_text()) == (2, True, text), err
+
+
+def test_a_language_that_the_model_does_not_know_is_no_reason_to_overwrite(
+    capsys: pytest.CaptureFixture[str], saved: Path
+) -> None:
+    words = ["caption", "photos", "--model", str(saved / "caption"), "--out", "c.csv"]
+    assert mmt(capsys, *words, "--language", "ko")[0] == 0
+    code, _, err = mmt(capsys, *words, "--language", "kr")
+    assert (code, 'does not know the language "kr"' in err, "--overwrite" in err) == (2, True, False), err
+
+
+def test_scores_that_are_refused_leave_their_captions(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    Path("data.csv").write_text("image,caption\n" + "".join(f"{name},a red dog\n" for name in PICTURES))
+    words = ["evaluate", "--model", str(saved / "caption"), "--data", "data.csv", "--split", "train"]
+    words += ["--captions-out", "said.jsonl"]
+    assert mmt(capsys, *words)[0] == 0
+    before = Path("said.jsonl").read_bytes()
+    for wrong in (["--batch-size", "0"], ["--num-shots", "999"], ["--max-new-tokens", "0"]):
+        code, _, _ = mmt(capsys, *words, "--overwrite", *wrong)
+        assert (code, Path("said.jsonl").read_bytes()) == (2, before)
+    assert mmt(capsys, *words, "--overwrite", "--num-beams", "2")[0] == 0
+    assert len(Path("said.jsonl").read_bytes().splitlines()) == len(before.splitlines())
