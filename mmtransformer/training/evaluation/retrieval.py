@@ -104,26 +104,15 @@ def plot_retrieval(
         top: How many of the nearest are shown.
     """
     pools = [(split, code, s) for split, by in retrieval.splits.items() for code, s in by.items()]
+    places = [(*pools[turn % len(pools)], (turn + 0.5) / searches) for turn in range(searches)]
     by_text: list[FoundImages] = []
     by_image: list[FoundTexts] = []
-    for turn in range(searches):
-        split, code, s = pools[turn % len(pools)]
-        pairs, scores = data.pairs(split), s.similarity if s.matched is None else s.matched
-        language, share = None if code == ANY else code, (turn + 0.5) / searches
-        column, row = int(share * len(s.texts)), int(share * len(s.images))
+    for split, code, column in dict.fromkeys((split, code, int(x * len(s.texts))) for split, code, s, x in places):
         with contextlib.suppress(ImageError):  # it was found by its cached features, and has gone since
-            best = np.argsort(-scores[:, column], kind="stable")[:top].tolist()
-            marks: list[Mark] = [_mark(pairs, s, i, column, language) for i in best]
-            rank = int((scores[:, column] >= scores[s.owner[column], column]).sum())
-            images = [pairs.image(s.images[i]) for i in best]
-            by_text.append(FoundImages(s.texts[column], images, marks, rank, language))
+            by_text.append(_images_of(data.pairs(split), retrieval.splits[split][code], column, code, top))
+    for split, code, row in dict.fromkeys((split, code, int(x * len(s.images))) for split, code, s, x in places):
         with contextlib.suppress(ImageError):
-            best = np.argsort(-scores[row], kind="stable")[:top].tolist()
-            kinds: list[Mark] = [_mark(pairs, s, row, j, language) for j in best]
-            own = np.array(s.owner) == row
-            rank = 1 + int((scores[row][~own] >= scores[row][own].max()).sum())
-            image = pairs.image(s.images[row])
-            by_image.append(FoundTexts(image, [s.texts[j] for j in best], kinds, rank, language))
+            by_image.append(_texts_of(data.pairs(split), retrieval.splits[split][code], row, code, top))
     if by_text or by_image:
         subtitle = "; ".join(
             f"{split}{'' if code == ANY else f' {code}'}: recall@1 "
@@ -132,6 +121,29 @@ def plot_retrieval(
             for split, code, s in pools
         )
         save_image(plot_searches(by_text, by_image, title=title, subtitle=subtitle), path)
+
+
+def _images_of(pairs: Pairs, s: Scored, column: int, code: str, top: int) -> FoundImages:
+    """What a text finds."""
+    language, near = None if code == ANY else code, _scores(s)[:, column]
+    best = np.argsort(-near, kind="stable")[:top].tolist()
+    marks: list[Mark] = [_mark(pairs, s, i, column, language) for i in best]
+    rank = int((near >= near[s.owner[column]]).sum())
+    return FoundImages(s.texts[column], [pairs.image(s.images[i]) for i in best], marks, rank, language)
+
+
+def _texts_of(pairs: Pairs, s: Scored, row: int, code: str, top: int) -> FoundTexts:
+    """What a picture finds."""
+    language, near = None if code == ANY else code, _scores(s)[row]
+    best = np.argsort(-near, kind="stable")[:top].tolist()
+    marks: list[Mark] = [_mark(pairs, s, row, j, language) for j in best]
+    own = np.array(s.owner) == row
+    rank = 1 + int((near[~own] >= near[own].max()).sum())
+    return FoundTexts(pairs.image(s.images[row]), [s.texts[j] for j in best], marks, rank, language)
+
+
+def _scores(s: Scored) -> np.ndarray:
+    return s.similarity if s.matched is None else s.matched
 
 
 def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:

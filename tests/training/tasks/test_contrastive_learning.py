@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.world import SceneWorld
 from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.plots.retrieval import plot_searches
 from mmtransformer.training import ContrastiveLearning, OptimConfig, Run, finetune_clip
-from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
+from mmtransformer.training.evaluation import retrieval
+from mmtransformer.training.evaluation.retrieval import Retrieval, Scored, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.evaluation.zero_shot import sentences, zero_shot
 from mmtransformer.training.tasks.contrastive_learning import RECALLS, recalls
 from support import dual
@@ -97,6 +100,24 @@ def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest
     assert metrics["retrieval"]["val"]["en"]["itc"] == recall_at_k(near, owner)
     with pytest.raises(ValueError, match="a CLIP cannot"):
         evaluate_retrieval(task.model, data, ["val"], rerank=3)
+
+
+def test_a_sheet_of_few_pictures_shows_each_search_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = scenes(Scenes(image_size=32, train_size=11, val_size=2, world=SceneWorld(group_shares=(1.0,))))
+    near = np.array([[0.9, 0.3, 0.1, 0.2], [0.1, 0.4, 0.2, 0.8]])
+    found = Retrieval({"val": {"en": Scored([0, 1], ["a", "b", "c", "d"], [0, 0, 1, 1], near)}})
+    drawn: list[Sequence[Any]] = []
+
+    def plot(by_text: Sequence[Any], by_image: Sequence[Any], **more: Any) -> Image.Image:
+        drawn[:] = by_text, by_image
+        return plot_searches(by_text, by_image, **more)
+
+    monkeypatch.setattr(retrieval, "plot_searches", plot)
+    plot_retrieval(found, data, tmp_path / "sheet.png")
+    by_text, by_image = drawn
+    assert [(search.text, search.rank) for search in by_text] == [("a", 1), ("b", 2), ("c", 1), ("d", 1)]
+    assert [(search.texts[0], search.rank) for search in by_image] == [("a", 1), ("d", 1)]
+    assert (tmp_path / "sheet.png").exists()
 
 
 def test_validations_recall_is_that_of_whole_splits(tmp_path: Path) -> None:
