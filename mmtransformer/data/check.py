@@ -39,7 +39,7 @@ class Finding:
     """One kind of trouble.
 
     Attributes:
-        what: "corrupt pictures".
+        what: "corrupt pictures in train".
         count: How many of them.
         of: Out of how many.
         hurts: Whether training or its evaluation would suffer.
@@ -124,7 +124,8 @@ def check(
     """Reads every picture and caption once and says what would hurt training.
 
     A kind of trouble hurts when it concerns more than `max_bad_fraction` of the rows, pictures or captions; one picture
-    or caption alone never does, unless `max_bad_fraction` is 0. Nothing to train on, or to validate on, always does.
+    or caption alone never does, unless `max_bad_fraction` is 0. Pictures that cannot be read are judged split by split,
+    as training does. Nothing to train on, or to validate on, always hurts.
 
     Args:
         source: A path to pairs, tar shards or interleaved documents, or pairs already opened (with
@@ -298,13 +299,15 @@ def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[_Kind]:
         for image in looked
         if image.size and (min(image.size) < 16 or max(image.size) > 8 * min(image.size))
     ]
-    total, held_out = len(looked), sum(image.split != "train" for image in looked)
-    errors, blank = [p.error for p in looked if p.error], [p.name for p in looked if p.blank]
-    apart = "put copies into the same split, or take out all but one"
+    totals, total = Counter(p.split for p in looked), len(looked)
+    bad = {name: [p.error for p in looked if p.split == name and p.error] for name in totals}
+    held_out = total - totals["train"]
+    blank = [p.name for p in looked if p.blank]
+    out, apart = "replace them or take them out", "put copies into the same split, or take out all but one"
     if not named_splits:
         apart = "name the splits, with copies in the same one: in a column split, or by folders train/ and val/"
     return [
-        ("corrupt pictures", errors, total, True, "replace them or take them out"),
+        *((f"corrupt pictures in {name}", bad[name], n, True, out) for name, n in totals.items()),
         ("pictures that are in two splits", across, held_out, True, apart),
         ("the same picture again in its split", inside, total, False, "list its captions together"),
         ("pictures of a single colour", blank, total, True, "take them out"),

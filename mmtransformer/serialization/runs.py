@@ -6,6 +6,7 @@ from shlex import quote
 from mmtransformer.serialization.printable import program, seen_from
 
 _MODEL = "config.json"
+_PACKED = frozenset((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 
 
 def refuse_run(folder: Path) -> None:
@@ -44,12 +45,21 @@ def refuse_file(file: Path) -> None:
     """Refuses a file in the place of a model's folder.
 
     Raises:
-        ValueError: Always, naming the folder, or what makes one of a checkpoint.
+        ValueError: Always, naming the folder, or what makes one of a checkpoint or an archive.
     """
     if file.suffix == ".ckpt":
         raise ValueError(
             f"{file} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of another, "
             f"{_written_out(file)}"
+        )
+    if file.suffix.lower() in _PACKED:
+        raise ValueError(
+            f"{file} is an archive, and a model is a folder: unpack it, and name the folder that then holds {_MODEL}"
+        )
+    if not any(file.parent.glob("*config.json")):
+        raise ValueError(
+            f"{file} is a file, and a model is a folder that holds its {_MODEL} beside its weights: there is none in "
+            f"{file.parent}"
         )
     raise ValueError(f"{file} is a file, and a model is a folder: name {file.parent}")
 

@@ -151,6 +151,22 @@ def test_a_file_in_the_place_of_a_model_names_its_folder(model: Path, capsys: py
         assert err == f"mmt caption: error: {model / name} is a file, and a model is a folder: name {model}\n"
 
 
+def test_an_archive_in_the_place_of_a_model_is_to_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.tgz", "model.zip", "model.tar.gz", "모델.TAR", "model.7z"):
+        Path(name).write_bytes(b"packed")
+        _, _, err = mmt(capsys, "caption", "a.png", "--model", name)
+        said = (
+            f"{name} is an archive, and a model is a folder: unpack it, and name the folder that then holds config.json"
+        )
+        assert err == f"mmt caption: error: {said}\n"
+    Path("weights.pt").write_bytes(b"weights")
+    _, _, err = mmt(capsys, "caption", "a.png", "--model", "weights.pt")
+    assert "a model is a folder that holds its config.json beside its weights: there is none in ." in err
+
+
 def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> None:
     plain = Tokenizer.train(["a red dog"], 300)
     plain.save_pretrained(model.parent / "plain")

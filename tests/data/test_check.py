@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmtransformer.data.check import CheckReport, Finding, check
 from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairFiles
@@ -72,7 +73,7 @@ Image.new("RGB", (19, 23), (40, 50, 60)).save(SHADE, "PNG")
 LONG = " ".join(["word"] * 63)
 
 CASES = [
-    ("corrupt pictures", "data", DAMAGED, range(3, 90), "p3.png"),
+    ("corrupt pictures in train", "data", DAMAGED, range(3, 90), "p3.png"),
     ("pictures that are in two splits", "data", COPY, range(185, 211), "val/p185.png = train/p5.png"),
     ("pictures of a single colour", "data", SHADE.getvalue(), range(3, 90), "p3.png"),
     ("captions longer than 62 words, to be cut", "caption", LONG, range(3, 90), "p3.png: 63 words"),
@@ -108,6 +109,17 @@ def test_trouble_is_counted_named_and_hurts_past_the_threshold(
     assert look(tmp_path, max_bad_fraction=0).hurts is True
     with pytest.raises(ValueError, match=r"max_bad_fraction \(2\) must be a share"):
         look(tmp_path, max_bad_fraction=2)
+
+
+def test_pictures_that_cannot_be_read_are_judged_split_by_split_as_training_does(tmp_path: Path) -> None:
+    report = look(build(tmp_path, data=dict.fromkeys((7, 190, 191, 192), DAMAGED)), max_bad_fraction=0.05)
+    assert "HURTS  corrupt pictures in val: 3 of 30 (10.00%)\n" in str(report)
+    assert "note   corrupt pictures in train: 1 of 181 (0.55%)\n" in str(report)
+    assert report.hurts
+    bad = BadImages.of_split(tmp_path / "run", "val", 30, 0.05)
+    bad.record("p190.png", OSError("cut"))
+    with pytest.raises(TooManyErrors, match=r"2 of 30 pictures can't be read so far .* `mmt check` reads all"):
+        bad.record("p191.png", OSError("cut"))
 
 
 def test_missing_images_and_refused_paths(tmp_path: Path) -> None:
@@ -285,7 +297,7 @@ class Drawn:
 
 def test_any_source_of_pairs_can_be_checked(tmp_path: Path) -> None:
     report = check(Drawn(), progress=False)
-    assert finding(report, "corrupt pictures").first == ["drawn 3: broken; draw it again"] * 2
+    assert finding(report, "corrupt pictures in train").first == ["drawn 3: broken; draw it again"]
     assert finding(report, "pictures that are in two splits").count == 10
     assert report.languages == {"ko": 22}
     build(tmp_path)
@@ -310,7 +322,10 @@ def test_interleaved_documents_and_shards_are_looked_at_as_well(tmp_path: Path) 
     found = {finding.what: finding for finding in report.findings}
     assert found["marks and pictures differ in number"].count == 1
     assert "d.jsonl:13" in found["marks and pictures differ in number"].first[0]
-    assert "broken.png (picture 1 of d.jsonl:14)" in found["corrupt pictures"].first[0]
+    assert (
+        "broken.png (picture 1 of d.jsonl:14)"
+        in next(f for what, f in found.items() if what.startswith("corrupt")).first[0]
+    )
     assert sum(report.captions.values()) == 13
     with tarfile.open(tmp_path / "a.tar", "w") as box:
         for i in range(12):

@@ -161,8 +161,9 @@ class BadImages:
             first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
             share = len(found) / max(1, self.total)
             raise TooManyErrors(
-                f"{len(found):,} of {counted(self.total, 'picture')} can't be read ({share:.1%}, more than "
-                f"{self.max_fraction:.1%} allowed by max_bad_fraction). All are named in {self.path}. The first:\n"
+                f"{len(found):,} of {counted(self.total, 'picture')} can't be read so far ({share:.1%}, more than "
+                f"{self.max_fraction:.1%} allowed by max_bad_fraction). {self.path} names these; `mmt check` reads "
+                f"all pictures and counts the others too. The first:\n"
                 f"{first}\n"
                 f"Repair or remove them; {_more(len(found), self.total)}"
             )
