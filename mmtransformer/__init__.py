@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.decoder import TextDecoder as TextDecoder
     from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer as DiffusionTransformer
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
-    from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
+    from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder as ExtendedDecoder
     from mmtransformer.backbones.grid_rope import ViTRopeConfig as ViTRopeConfig
     from mmtransformer.backbones.hub.autoencoder import HubAutoencoder as HubAutoencoder
     from mmtransformer.backbones.hub.decoder import HubDecoder as HubDecoder

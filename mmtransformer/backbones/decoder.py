@@ -162,7 +162,7 @@ class TextDecoder(Pretrained, Decoder):
                 self._mlp(),
                 make,
                 cross_attn=self._cross_attention(i),
-                pre_norm=norm.pre,
+                norm_first=norm.pre,
                 post_norm=norm.post,
                 dropout=dropout,
             )

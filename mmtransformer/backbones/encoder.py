@@ -111,7 +111,7 @@ class TextEncoder(Pretrained, nn.Module):
                 MLP(dim, mlp_dim, activation=activation),
                 norm,
                 cross_attn=None if context_dim is None else Attention(dim, num_heads, context_dim=context_dim),
-                pre_norm=False,
+                norm_first=False,
                 dropout=dropout,
             )
             for _ in range(depth)

@@ -1,4 +1,4 @@
-"""ExtendedVocabulary: new tokens for a language model that stays as it is.
+"""ExtendedDecoder: new tokens for a language model that stays as it is.
 
 Shapes: e width of an embedding, m new tokens.
 """
@@ -14,7 +14,7 @@ from mmtransformer.layers.masks import Mask
 from mmtransformer.serialization.pretrained import Pretrained, from_config, load_strictly, to_config
 
 
-class ExtendedVocabulary(Pretrained, Decoder):
+class ExtendedDecoder(Pretrained, Decoder):
     """A decoder that knows a few more tokens, whose rows alone learn: an image's mark, languages, ends of documents.
 
     The new rows are parameters of their own, beside the decoder's tables: no row of these changes, no optimizer state

@@ -26,7 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Source(NamedTuple):
+class EncodedSource(NamedTuple):
     """What the decoder reads of a source.
 
     Attributes:
@@ -59,7 +59,7 @@ def join_prefix(
 class TransformerState:
     """What decoding remembers: the caches of the targets, and the keys and values of the sources."""
 
-    def __init__(self, decoder: DecoderState, source: Source) -> None:
+    def __init__(self, decoder: DecoderState, source: EncodedSource) -> None:
         self.decoder, self.source = decoder, source
 
     def reorder(self, rows: Tensor) -> None:
@@ -82,7 +82,7 @@ class Transformer(Pretrained, nn.Module):
         decoder_depth: decoder blocks; None = depth.
         mlp_dim: hidden width of the MLPs.
         max_len: most tokens of a source, and of a target; positions are computed, so it costs nothing.
-        pre_norm: norm before each branch and after the last block, which trains without warm-up (arXiv:2002.04745);
+        norm_first: norm before each branch and after the last block, which trains without warm-up (arXiv:2002.04745);
             False = after each sum, as in the paper.
         activation: of the MLPs.
         norm_eps: of the norms.
@@ -105,7 +105,7 @@ class Transformer(Pretrained, nn.Module):
         decoder_depth: int | None = None,
         mlp_dim: int = 2048,
         max_len: int = 1024,
-        pre_norm: bool = False,
+        norm_first: bool = False,
         activation: Activation = "relu",
         norm_eps: float = 1e-5,
         tied: bool = True,
@@ -116,7 +116,7 @@ class Transformer(Pretrained, nn.Module):
             raise ValueError(f"dim ({dim}) must be even for sinusoidal positions")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.decoder_depth = decoder_depth = depth if decoder_depth is None else decoder_depth
-        self.mlp_dim, self.max_len, self.pre_norm = mlp_dim, max_len, pre_norm
+        self.mlp_dim, self.max_len, self.norm_first = mlp_dim, max_len, norm_first
         self.activation, self.norm_eps, self.tied, self.dropout = activation, norm_eps, tied, dropout
 
         norm = partial(make_norm, "layer", dim, norm_eps)
@@ -127,12 +127,12 @@ class Transformer(Pretrained, nn.Module):
                 Attention(dim, num_heads, dropout=dropout),
                 MLP(dim, mlp_dim, activation=activation),
                 norm,
-                pre_norm=pre_norm,
+                norm_first=norm_first,
                 dropout=dropout,
             )
             for _ in range(depth)
         )
-        self.last_norm = norm() if pre_norm else nn.Identity()
+        self.last_norm = norm() if norm_first else nn.Identity()
         self.decoder = TextDecoder(
             vocab_size,
             dim,
@@ -142,7 +142,7 @@ class Transformer(Pretrained, nn.Module):
             mlp_dim=mlp_dim,
             context_dim=dim,
             mlp=MLPConfig(activation),
-            norm=NormConfig(eps=norm_eps, pre=pre_norm),
+            norm=NormConfig(eps=norm_eps, pre=norm_first),
             positions=PositionConfig("sinusoidal", embed_scale=dim**0.5),
             tied=tied,
             dropout=dropout,
@@ -177,7 +177,7 @@ class Transformer(Pretrained, nn.Module):
         attention_mask: Tensor | None = None,
         prefix_embeds: Tensor | None = None,
         prefix_attention_mask: Tensor | None = None,
-    ) -> Source:
+    ) -> EncodedSource:
         """Reads sources.
 
         Args:
@@ -197,15 +197,24 @@ class Transformer(Pretrained, nn.Module):
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, mask=mask)
-        return Source(self.last_norm(x), attention_mask)
+        return EncodedSource(self.last_norm(x), attention_mask)
 
-    def project(self, source: Source) -> Source:
+    def project(self, source: EncodedSource) -> EncodedSource:
         """The source as keys and values of every decoder block: once a source, not once a token."""
         context, attention_mask = source
-        return Source(self.decoder.project_context(context), attention_mask) if isinstance(context, Tensor) else source
+        return (
+            EncodedSource(self.decoder.project_context(context), attention_mask)
+            if isinstance(context, Tensor)
+            else source
+        )
 
     def decode(
-        self, tokens: Tensor, source: Source, *, attention_mask: Tensor | None = None, state: DecoderState | None = None
+        self,
+        tokens: Tensor,
+        source: EncodedSource,
+        *,
+        attention_mask: Tensor | None = None,
+        state: DecoderState | None = None,
     ) -> Tensor:
         """Hidden states of target tokens, to be given to `head`.
 

@@ -17,8 +17,8 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, NATIVE, Captioner
-from mmtransformer.captioners.soft_prompt import forward_with_prefix, in_image_order, prefill_with_prefix
-from mmtransformer.captioners.soft_source import (
+from mmtransformer.captioners.decoder_prefix import forward_with_prefix, in_image_order, prefill_with_prefix
+from mmtransformer.captioners.encoder_prefix import (
     SourceReader,
     forward_with_source_prefix,
     prefill_with_source_prefix,

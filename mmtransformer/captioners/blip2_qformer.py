@@ -143,7 +143,7 @@ class Blip2QFormer(Captioner):
         label_smoothing: float = 0.0,
         return_logits: bool = False,
         itc_smoothing: float = 0.0,
-        match_texts: int | None = None,
+        num_match_texts: int | None = None,
         gather_grad: bool = True,
         seed: int = 0,
     ) -> ModelOutput:
@@ -157,8 +157,8 @@ class Blip2QFormer(Captioner):
             label_smoothing: of the generation loss; BLIP-2's 0.1.
             return_logits: whether to give generation's logits of every token.
             itc_smoothing: label smoothing of the contrastive loss; BLIP-2's 0.1.
-            match_texts: how many of an image's r texts are matched, the first ones; None = all. Matching is most of a
-                step's work.
+            num_match_texts: how many of an image's r texts are matched, the first ones; None = all. Matching is most
+                of a step's work.
             gather_grad: whether contrastive gradients reach the processes that candidates came from.
             seed: of the negatives that are drawn; they depend on it and on the names, not on how the batch is cut.
 
@@ -173,9 +173,9 @@ class Blip2QFormer(Captioner):
         b, n = visual_tokens.shape[0], batch.tokens.shape[0]
         if not n or n % b:
             raise ValueError(f"{n} texts cannot be shared out among {b} images")
-        r = n // b if match_texts is None else match_texts
+        r = n // b if num_match_texts is None else num_match_texts
         if not 1 <= r <= n // b:
-            raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of an image")
+            raise ValueError(f"num_match_texts ({r}) must be from 1 to the {n // b} texts of an image")
         visual = self.qformer.project_visual(visual_tokens)
         seen = self.qformer.encode_queries(visual)
 

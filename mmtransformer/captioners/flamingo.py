@@ -123,7 +123,7 @@ class Flamingo(Captioner):
         visible_images: which images a token sees; see `image_attention_mask`.
         keep_prefix_tokens: whether class and register tokens are read too; OpenFlamingo reads patches alone.
         freeze_vision: see `Captioner`.
-        freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
+        freeze_decoder: the same for the language model; of an `ExtendedDecoder` the new tokens still learn.
 
     Raises:
         ValueError: if the parts do not fit, or there is no such block.

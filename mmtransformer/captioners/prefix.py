@@ -13,7 +13,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import NATIVE, Captioner
-from mmtransformer.captioners.soft_prompt import forward_with_prefix, in_image_order, prefill_with_prefix
+from mmtransformer.captioners.decoder_prefix import forward_with_prefix, in_image_order, prefill_with_prefix
 from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import has_attention, record_attention

@@ -172,7 +172,7 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShotPromptBuilder":
     """The examples of --examples: those to train on where the data names any, else all."""
     from mmtransformer.data.files.read_options import ReadOptions
-    from mmtransformer.data.opening import open_pairs
+    from mmtransformer.data.open_sources import open_pairs
     from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
 
     source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])

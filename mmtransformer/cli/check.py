@@ -38,7 +38,7 @@ def run(name: str, words: Sequence[str]) -> int:
     import sys
 
     from mmtransformer.data.check import check
-    from mmtransformer.data.opening import open_pairs
+    from mmtransformer.data.open_sources import open_pairs
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.text.tokenizer import Tokenizer
 

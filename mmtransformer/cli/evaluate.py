@@ -237,7 +237,7 @@ def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "PromptBuilde
 
 def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = False) -> "PairSource[Pairs]":
     """The data; drawn scenes are those that the model was scored on, where its folder says which."""
-    from mmtransformer.data.opening import open_pairs
+    from mmtransformer.data.open_sources import open_pairs
     from mmtransformer.data.scenes.scenes import Scenes
     from mmtransformer.serialization.pretrained import find_folder
     from mmtransformer.training.evaluation.predictions import SCENES, saved_scenes

@@ -25,7 +25,7 @@ class MLPProjector(Pretrained, nn.Module):
         hidden_dim: width inside the MLP; None = dim, as in LLaVA-1.5.
         pixel_shuffle: side s of the squares of patches that become one token of s * s times the width: s * s times
             fewer tokens for a language model to read.
-        pre_norm: whether a LayerNorm stands before the MLP.
+        input_norm: whether a LayerNorm stands before the MLP.
         bias: whether its layers have biases.
 
     Raises:
@@ -39,15 +39,15 @@ class MLPProjector(Pretrained, nn.Module):
         hidden_dim: int | None = None,
         *,
         pixel_shuffle: int = 1,
-        pre_norm: bool = True,
+        input_norm: bool = True,
         bias: bool = True,
     ) -> None:
         super().__init__()
         _check(pixel_shuffle)
         self.visual_dim, self.dim, self.pixel_shuffle = visual_dim, dim, pixel_shuffle
-        self.pre_norm, self.bias = pre_norm, bias
+        self.input_norm, self.bias = input_norm, bias
         self.hidden_dim = hidden_dim = dim if hidden_dim is None else hidden_dim
-        self.norm = nn.LayerNorm(visual_dim * pixel_shuffle**2) if pre_norm else nn.Identity()
+        self.norm = nn.LayerNorm(visual_dim * pixel_shuffle**2) if input_norm else nn.Identity()
         self.fc1 = Linear(visual_dim * pixel_shuffle**2, hidden_dim, bias=bias)
         self.fc2 = Linear(hidden_dim, dim, bias=bias)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mmtransformer.data.class_sources import ImageFolder as ImageFolder
     from mmtransformer.data.class_sources import SceneShapes as SceneShapes
     from mmtransformer.data.classes import ClassData as ClassData
-    from mmtransformer.data.documents.documents import PairDocuments as PairDocuments
+    from mmtransformer.data.documents.documents import PairsAsDocuments as PairsAsDocuments
     from mmtransformer.data.documents.interleaved import InterleavedFiles as InterleavedFiles
     from mmtransformer.data.files.read_options import ReadOptions as ReadOptions
     from mmtransformer.data.files.read_options import TextReadOptions as TextReadOptions
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mmtransformer.data.loading.source import PairSource as PairSource
     from mmtransformer.data.mixture import DocumentMixture as DocumentMixture
     from mmtransformer.data.mixture import Mixture as Mixture
-    from mmtransformer.data.opening import open_pairs as open_pairs
+    from mmtransformer.data.open_sources import open_pairs as open_pairs
     from mmtransformer.data.pairs import PairFiles as PairFiles
-    from mmtransformer.data.scenes.parallel_texts import SceneTranslations as SceneTranslations
+    from mmtransformer.data.parallel_texts import SceneTranslations as SceneTranslations
     from mmtransformer.data.scenes.scene_documents import SceneDocuments as SceneDocuments
     from mmtransformer.data.scenes.scenes import Scenes as Scenes
     from mmtransformer.data.scenes.world import SceneWorld as SceneWorld

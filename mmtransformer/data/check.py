@@ -18,7 +18,7 @@ from mmtransformer.data.files.normalize import BY_HASH
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.loading.errors import FIRST, Report, allowed
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.images import ImageError
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.markup import find_markup
@@ -26,7 +26,7 @@ from mmtransformer.text.markup import find_markup
 _BAR = 24  # width of a histogram's longest bar
 
 
-class Encoder(Protocol):
+class TokenizerLike(Protocol):
     """What a check needs of a tokenizer."""
 
     def encode(self, text: str) -> list[int]:
@@ -115,7 +115,7 @@ class CheckReport:
 def check(
     source: str | Path | PairSource,
     *,
-    tokenizer: Encoder | None = None,
+    tokenizer: TokenizerLike | None = None,
     max_len: int = 64,
     max_bad_fraction: float = 0.01,
     threads: int | None = None,
@@ -318,7 +318,7 @@ def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[_Kind]:
 def _captions(
     splits: Mapping[str, Pairs],
     captions: dict[str, list[list[Caption]]],
-    tokenizer: Encoder | None,
+    tokenizer: TokenizerLike | None,
     max_len: int,
     around: int,
 ) -> list[_Kind]:

@@ -10,17 +10,17 @@ import lightning
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.documents.document_dataset import CollateDocuments, DocumentDataset
-from mmtransformer.data.documents.documents import DocumentPairs, Documents, DocumentSource, texts_of
+from mmtransformer.data.documents.documents import Documents, DocumentsAsPairs, DocumentSource, texts_of
 from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.fingerprints import Parts
-from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource, splits_there
+from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.serialization.printable import counted
@@ -40,7 +40,7 @@ class InterleavedData(DataModule):
     in documents.
 
     Args:
-        source: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
+        source: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairsAsDocuments`, or a
             `DocumentMixture` of some; or a folder, an archive or a file of documents.
         transform: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where
             it is a public one, else `ImageTransform()` at its size.
@@ -91,7 +91,7 @@ class InterleavedData(DataModule):
         )
         self.augment, self._own_transform = augment, transform
         self.row_len, self.max_images, self.pack = row_len, max_images, pack
-        self._pairs = DocumentPairs(self.source) if captions is None else captions
+        self._pairs = DocumentsAsPairs(self.source) if captions is None else captions
         self.caption_splits = splits_there(self._pairs, self.caption_splits)
         self.val_splits = (*logged, *self.caption_splits)  # names in the log, not of the source
         self._captions: CaptionData | None = None

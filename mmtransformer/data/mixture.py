@@ -182,7 +182,7 @@ class DocumentMixture(_Sources[Documents]):
     """Several sources of interleaved documents as one, mixed by weight in training: a `DocumentSource`.
 
     Weights are of rows: where documents are packed, those of a source share rows with each other only. Pairs take part
-    as `PairDocuments`. Splits are those of `Mixture`.
+    as `PairsAsDocuments`. Splits are those of `Mixture`.
 
     Args:
         sources: The sources by name.

@@ -10,17 +10,17 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Seq2SeqBatch
 from mmtransformer.data.loading.fingerprints import Parts
-from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.scenes.parallel_texts import Parallel, ParallelSource, ParallelTable
+from mmtransformer.data.loading.split_cache import once_a_split
+from mmtransformer.data.parallel_texts import Parallel, ParallelSource, ParallelTable
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class PairRow(NamedTuple):
+class TranslationRow(NamedTuple):
     """One pair as ids: the source with its end, and the target with prompt and end."""
 
     source: list[int]
@@ -30,7 +30,7 @@ class PairRow(NamedTuple):
     is_real: bool = True
 
 
-class TranslationRows(Dataset[PairRow]):
+class TranslationRows(Dataset[TranslationRow]):
     """The pairs of a split, tokenised; those that are longer than `max_len` are left out.
 
     Args:
@@ -68,15 +68,15 @@ class TranslationRows(Dataset[PairRow]):
         """The number of pairs."""
         return len(self._rows)
 
-    def __getitem__(self, pick: SampleIndex) -> PairRow:
+    def __getitem__(self, pick: SampleIndex) -> TranslationRow:
         """The pair that is picked."""
         source, tokens, prompt = self._rows[pick.index]
         pair = self.pairs[pick.index]
         name = f"{pair.name} {pair.direction}"
-        return PairRow(source.tolist(), tokens.tolist(), prompt, name, pick.is_real)
+        return TranslationRow(source.tolist(), tokens.tolist(), prompt, name, pick.is_real)
 
 
-class PairCollate:
+class TranslationCollate:
     """Makes one `Seq2SeqBatch` of rows.
 
     Args:
@@ -86,7 +86,7 @@ class PairCollate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[PairRow]) -> Seq2SeqBatch:
+    def __call__(self, rows: list[TranslationRow]) -> Seq2SeqBatch:
         """Stack the rows."""
         source, source_attention_mask = self.tokenizer.pad([row.source for row in rows])
         tokens, attention_mask = self.tokenizer.pad([row.tokens for row in rows])
@@ -159,9 +159,9 @@ class TranslationData(DataModule):
         """Return a split's pairs."""
         return self.rows(split)
 
-    def collate(self, split: str, *, training: bool = False) -> PairCollate:
+    def collate(self, split: str, *, training: bool = False) -> TranslationCollate:
         """What makes a `Seq2SeqBatch` of pairs."""
-        return PairCollate(self.tokenizer)
+        return TranslationCollate(self.tokenizer)
 
     def lengths(self, split: str) -> Lengths:
         """How long the two texts of a pair are together."""

@@ -123,7 +123,7 @@ class CLIP(Pretrained, nn.Module):
         return self.text.max_len
 
     @property
-    def projection_dim(self) -> int:
+    def dim(self) -> int:
         """Width e of the vectors, whatever `embed_dim` says."""
         return self.text_proj.out_features
 

@@ -15,7 +15,7 @@ class TextEncoderTower(Pretrained, nn.Module):
 
     Args:
         encoder: reads the texts; with its pooler if that is what is read.
-        projection_dim: width d of the vector, behind a norm and a linear layer; None = the encoder's, by its pooler.
+        embed_dim: width d of the vector, behind a norm and a linear layer; None = the encoder's, by its pooler.
 
     Raises:
         ValueError: if the encoder lacks the pooler that is read.
@@ -24,20 +24,20 @@ class TextEncoderTower(Pretrained, nn.Module):
     add_bos_token = True
     """A text begins with the token that is read."""
 
-    def __init__(self, encoder: TextEncoder, *, projection_dim: int | None = None) -> None:
+    def __init__(self, encoder: TextEncoder, *, embed_dim: int | None = None) -> None:
         super().__init__()
-        if projection_dim is None and not encoder.pooler:
-            raise ValueError("without a projection_dim the encoder's pooler is read: build it with pooler=True")
-        self.encoder, self.projection_dim = encoder, projection_dim
-        self.dim = encoder.dim if projection_dim is None else projection_dim
+        if embed_dim is None and not encoder.pooler:
+            raise ValueError("without an embed_dim the encoder's pooler is read: build it with pooler=True")
+        self.encoder, self.embed_dim = encoder, embed_dim
+        self.dim = encoder.dim if embed_dim is None else embed_dim
         self.vocab_size, self.max_len = encoder.vocab_size, encoder.max_len
         self.norm = self.proj = None
-        if projection_dim is not None:
+        if embed_dim is not None:
             self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm_eps)
-            self.proj = Linear(encoder.dim, projection_dim)
+            self.proj = Linear(encoder.dim, embed_dim)
             nn.init.normal_(self.proj.weight, std=encoder.dim**-0.5)
             nn.init.zeros_(self.proj.bias)
-        for part in (encoder.mlm_proj, encoder.nsp_proj, None if projection_dim is None else encoder.pool_proj):
+        for part in (encoder.mlm_proj, encoder.nsp_proj, None if embed_dim is None else encoder.pool_proj):
             if part is not None:
                 part.requires_grad_(False)
 

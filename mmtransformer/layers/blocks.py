@@ -196,7 +196,7 @@ class EncoderBlock(nn.Module):
         attn: the attention.
         mlp: the MLP.
         norm: builds a norm of width dim.
-        pre_norm: norm before each branch (ViT, GPT-2); False = after each sum (the 2017 Transformer, BERT).
+        norm_first: norm before each branch (ViT, GPT-2); False = after each sum (the 2017 Transformer, BERT).
         dropout: share of a branch's result dropped.
         drop_path: probability of skipping a branch.
         layer_scale: first value of LayerScale; None = no LayerScale.
@@ -209,20 +209,20 @@ class EncoderBlock(nn.Module):
         mlp: nn.Module,
         norm: Callable[[], nn.Module],
         *,
-        pre_norm: bool = True,
+        norm_first: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.pre_norm = pre_norm
+        self.norm_first = norm_first
         self.norm1, self.attn, self.norm2, self.mlp = norm(), attn, norm(), mlp
         self.branch1 = make_branch(dim, dropout, drop_path, layer_scale)
         self.branch2 = make_branch(dim, dropout, drop_path, layer_scale)
 
     def forward(self, x: Tensor, *, mask: Mask | None = None, rope: RotaryAngles | None = None) -> Tensor:
         """(b q d) -> (b q d)."""
-        if self.pre_norm:
+        if self.norm_first:
             x = x + self.branch1(self.attn(self.norm1(x), mask=mask, rope=rope))
             return x + self.branch2(self.mlp(self.norm2(x)))
         x = self.norm1(x + self.branch1(self.attn(x, mask=mask, rope=rope)))
@@ -238,8 +238,8 @@ class DecoderBlock(nn.Module):
         mlp: the MLP.
         norm: builds a norm of width dim.
         cross_attn: attention to the context; None = a block of a language model.
-        pre_norm: norm before each branch; False = after each sum.
-        post_norm: with `pre_norm`, whether what attention and MLP give is normed too (Gemma 2).
+        norm_first: norm before each branch; False = after each sum.
+        post_norm: with `norm_first`, whether what attention and MLP give is normed too (Gemma 2).
         dropout: share of a branch's result dropped.
     """
 
@@ -251,12 +251,12 @@ class DecoderBlock(nn.Module):
         norm: Callable[[], nn.Module],
         *,
         cross_attn: Attention | None = None,
-        pre_norm: bool = True,
+        norm_first: bool = True,
         post_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.pre_norm = pre_norm
+        self.norm_first = norm_first
         self.norm1, self.attn = norm(), attn
         if cross_attn is not None:
             self.norm_cross = norm()
@@ -289,7 +289,7 @@ class DecoderBlock(nn.Module):
         Returns:
             (b q d).
         """
-        if self.pre_norm:
+        if self.norm_first:
             x = x + self.drop(self.post_norm1(self.attn(self.norm1(x), mask=mask, rope=rope, cache=cache)))
             if self.cross_attn is not None and context is not None:
                 x = x + self.drop(self.cross_attn(self.norm_cross(x), context, mask=context_mask))

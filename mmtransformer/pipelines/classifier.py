@@ -137,7 +137,7 @@ class ImageClassifier(Pipeline[ViT]):
         )
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
         On a CPU its linear weights are prepacked (`weight_prepacking.for_inference`).
@@ -145,7 +145,7 @@ class ImageClassifier(Pipeline[ViT]):
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(folder_or_id)
+        folder = find_folder(name_or_path)
         if not (folder / CLASSES).is_file():
             ViT.from_pretrained(folder)  # of another model it says what that is for
             raise ValueError(f"{folder}: a ViT without {CLASSES}, the names of its classes; vit_classify leaves both")

@@ -101,7 +101,7 @@ class ImageCaptioner(Pipeline[Captioner]):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_id: str | Path,
+        name_or_path: str | Path,
         *,
         device: torch.device | str | None = None,
         precision: Precision | Literal["auto"] = "fp32",
@@ -118,7 +118,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         files (.bin, .pt) are read as tensors alone; no code runs.
 
         Args:
-            folder_or_id: The folder, or the name of a hub's repository.
+            name_or_path: The folder, or the name of a hub's repository.
             device: Where to compute; a GPU if there is one.
             precision: See the constructor; "auto" is the fastest that is safe, and says which (`resolve_precision`).
             dtype: The same in transformers' words: "float32", "bfloat16", or "auto", which here is the fastest that was
@@ -132,7 +132,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         options = HubOptions(revision, token, cache_dir, local_files_only)
-        folder = find_folder(folder_or_id, options, look=public_family)
+        folder = find_folder(name_or_path, options, look=public_family)
         if "class" not in folder_config(folder):
             from mmtransformer.weights.captioner_folders import open_captioner
 

@@ -235,13 +235,13 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         )
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(folder_or_id)
+        folder = find_folder(name_or_path)
         model = TextToImageModel.from_pretrained(folder)  # first, as it says which other model a folder holds
         settings = settings_of(ImageGenerationConfig, read_json(folder / GENERATION), str(folder / GENERATION))
         return cls(

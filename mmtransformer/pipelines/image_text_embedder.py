@@ -74,9 +74,9 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         self._said_cut = False
 
     @property
-    def projection_dim(self) -> int:
+    def dim(self) -> int:
         """Width d of the vectors."""
-        return self.model.projection_dim
+        return self.model.dim
 
     # ------------------------------------------------------------------------------------------------- vectors
 
@@ -98,7 +98,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
         """
         many: list[ImageLike | Tensor] = listed(images)
-        found = [torch.empty(0, self.projection_dim)]
+        found = [torch.empty(0, self.dim)]
         for some in in_batches(many, batch_size):
             batch = self._batch([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
             with fast_autocast(self.device):
@@ -130,7 +130,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         many = [texts] if isinstance(texts, str) else list(texts)
         if blank := [i for i, text in enumerate(many) if not text.strip()]:
             raise ValueError(f"text {blank[0]} of {len(many)} is empty, and would fit every picture: leave it out")
-        found, cut = [torch.empty(0, self.projection_dim)], 0
+        found, cut = [torch.empty(0, self.dim)], 0
         for some in in_batches(many, batch_size):
             rows = [self._cut(text) for text in some]
             cut += sum(lost for _, lost in rows)
@@ -269,7 +269,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        name_or_path: str | Path,
         *,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: torch.device | str | None = None,
@@ -281,7 +281,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         """Loads a dual encoder, from a folder or from the hub; nothing is ever unpickled that could run code.
 
         Args:
-            name_or_folder: What `save_pretrained` wrote, or a public model: one of transformers' that `load_clip`
+            name_or_path: What `save_pretrained` wrote, or a public model: one of transformers' that `load_clip`
                 knows (CLIP, MetaCLIP 2, SigLIP, SigLIP 2, Chinese-CLIP, AltCLIP and others), or one of open_clip, with
                 its tokenizer.json.
             dtype: What its weights are kept in, and computed with; on a CPU float32 linear weights are prepacked
@@ -298,7 +298,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         """
         if dtype not in _FORMATS:
             raise ValueError(f'dtype must be {", ".join(_FORMATS)}, not "{dtype}"')
-        folder = find_folder(name_or_folder, HubOptions(revision, token, cache_dir, local_files_only), look=_refuse)
+        folder = find_folder(name_or_path, HubOptions(revision, token, cache_dir, local_files_only), look=_refuse)
         model = load_clip(folder)
         if not (folder / PREPROCESSOR).exists() and (folder / CONFIG).exists():
             tokenizer, transform = read_inputs(folder, str(read_json(folder / CONFIG).get("model_type")), model)

@@ -74,7 +74,7 @@ class Parity:
 
 
 def compare(
-    folder_or_id: str | Path,
+    name_or_path: str | Path,
     images: Sequence[ImageLike] = (),
     *,
     prompt: str | None = None,
@@ -84,7 +84,7 @@ def compare(
     """Captions pictures with a public model here and in transformers, on a CPU in float32, and compares every stage.
 
     Args:
-        folder_or_id: the folder, or the name of a hub's repository; of an adapter, what `mmt export` would write.
+        name_or_path: the folder, or the name of a hub's repository; of an adapter, what `mmt export` would write.
         images: the pictures; three small ones that are drawn here unless told.
         prompt: the words; the family's own unless told.
         max_new_tokens: most new tokens.
@@ -93,7 +93,7 @@ def compare(
     Raises:
         ValueError: for a model that cannot be compared, saying why.
     """
-    folder = find_folder(folder_or_id)
+    folder = find_folder(name_or_path)
     config = folder_config(folder)
     if "class" in config:
         raise ValueError(f"{folder} is a model of this library, and transformers has none to compare it with")

@@ -142,7 +142,7 @@ class Translator(Pipeline[Transformer]):
         )
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
         On a CPU its linear weights are prepacked (`weight_prepacking.for_inference`).
@@ -150,7 +150,7 @@ class Translator(Pipeline[Transformer]):
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(folder_or_id)
+        folder = find_folder(name_or_path)
         model = Transformer.from_pretrained(folder)
         generation = read_generation(folder / GENERATION, PAPER)
         found = cls(model, Tokenizer.from_pretrained(folder), generation=generation, device=device)

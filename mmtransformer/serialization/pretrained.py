@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
+from mmtransformer.serialization.model_kinds import other_kind
 from mmtransformer.serialization.processes import ended_as_by_exit
 from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
-from mmtransformer.serialization.uses import other_kind
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
-FORMAT_VERSION = 5  # Of folders: what config.json and model.safetensors hold, and how it is named.
+FORMAT_VERSION = 6  # Of folders: what config.json and model.safetensors hold, and how it is named.
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
 
 
 def find_folder(
-    folder_or_id: str | Path,
+    name_or_path: str | Path,
     options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
     *,
     look: Callable[[Path], Any] | None = None,
@@ -102,7 +102,7 @@ def find_folder(
     """The folder itself, or a hub repository's files (weights, JSON, text), fetched once into the hub's cache.
 
     Args:
-        folder_or_id: the folder, or the repository's name.
+        name_or_path: the folder, or the repository's name.
         options: how the name is looked up.
         look: see `hub.fetch`; a folder is given to it as it is.
         weights: whether a repository's weights are wanted, or its texts alone.
@@ -110,7 +110,7 @@ def find_folder(
     Raises:
         ValueError: if there is no such folder and no such repository, or the hub cannot be reached.
     """
-    folder = Path(folder_or_id)
+    folder = Path(name_or_path)
     if folder.is_dir():
         if look is not None and any((folder / name).exists() for name in CONFIGS):
             look(folder)
@@ -119,15 +119,15 @@ def find_folder(
         if not (folder / CONFIG).exists() and (folder / _PEFT).exists():
             base = read_json(folder / _PEFT).get("base_model_name_or_path")
             raise ValueError(
-                f"{folder_or_id}: an adapter of peft's without its base, {base!s:.200}: load both with peft, merge "
+                f"{name_or_path}: an adapter of peft's without its base, {base!s:.200}: load both with peft, merge "
                 f"(merge_and_unload), save what comes out, and name that folder"
             )
         return folder
     if folder.is_file() or folder.suffix == ".ckpt":
         refuse_file(folder)
-    if folder.exists() or not _looks_like_id(str(folder_or_id)):
-        raise ValueError(f"{folder_or_id}: no such folder{maker(folder)}")
-    return fetch(str(folder_or_id), options, look=look, weights=weights)
+    if folder.exists() or not _looks_like_id(str(name_or_path)):
+        raise ValueError(f"{name_or_path}: no such folder{maker(folder)}")
+    return fetch(str(name_or_path), options, look=look, weights=weights)
 
 
 def _looks_like_id(name: str) -> bool:
@@ -374,13 +374,13 @@ class Pretrained:
         open_weights(folder)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path) -> Self:
         """Loads a model that was saved here, from a folder or from the hub, in evaluation mode.
 
         Raises:
             ValueError: if a file is missing or damaged, or weights and config do not fit in every name and shape.
         """
-        folder = find_folder(folder_or_id)
+        folder = find_folder(name_or_path)
         config = read_json(folder / CONFIG)
         if "class" in config and (version := config.get("format_version")) != FORMAT_VERSION:
             raise ValueError(

@@ -186,7 +186,7 @@ class Tokenizer:
         """Returns a tokenizer with more special tokens: what a hub's tokenizer lacks to drive a multimodal model.
 
         Tokens that are there keep their ids. The others get the ids from `vocab_size` on, in the order of the
-        arguments, so `ExtendedVocabulary(decoder, more.vocab_size - old.vocab_size, first=old.vocab_size)` is a decoder
+        arguments, so `ExtendedDecoder(decoder, more.vocab_size - old.vocab_size, first=old.vocab_size)` is a decoder
         that knows them.
 
         Args:

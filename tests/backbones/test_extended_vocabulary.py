@@ -1,4 +1,4 @@
-"""ExtendedVocabulary: new rows learn, no other bit moves, and the whole can be merged, saved and written as hubs do."""
+"""ExtendedDecoder: new rows learn, no other bit moves, and the whole can be merged, saved and written as hubs do."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtransformer import (
     AttentionConfig,
     Decoder,
-    ExtendedVocabulary,
+    ExtendedDecoder,
     HubDecoder,
     MLPConfig,
     NormConfig,
@@ -51,12 +51,12 @@ INNER = {
 }
 
 
-def make(kind: str = "tied", new: int = NEW, **options: Any) -> ExtendedVocabulary:
+def make(kind: str = "tied", new: int = NEW, **options: Any) -> ExtendedDecoder:
     torch.manual_seed(3)
     inner = INNER[kind]()
     for parameter in inner.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return ExtendedVocabulary(inner, new, **options).eval()
+    return ExtendedDecoder(inner, new, **options).eval()
 
 
 def tokens(model: Decoder) -> Tensor:
@@ -151,7 +151,7 @@ def test_saved_loaded_and_written_for_transformers(kind: str, tmp_path: Path) ->
     model = make(kind, first=VOCAB - 1)
     model.save_pretrained(tmp_path / "ours")
     again = load_lm(tmp_path / "ours")
-    assert isinstance(again, ExtendedVocabulary)
+    assert isinstance(again, ExtendedDecoder)
     asked = tokens(model)
     assert torch.equal(again.head(again(asked)), model.head(model(asked)))
     if kind in ("tied", "llama"):
@@ -167,7 +167,7 @@ def test_it_is_built_around_weights_that_are_yet_to_be_read() -> None:
     with torch.no_grad():
         for parameter in inner.parameters():
             parameter.fill_(float("nan"))
-    assert ExtendedVocabulary(inner, 2).vocab_size == VOCAB + 2
+    assert ExtendedDecoder(inner, 2).vocab_size == VOCAB + 2
 
 
 def test_errors_name_the_numbers() -> None:
@@ -177,6 +177,6 @@ def test_errors_name_the_numbers() -> None:
         (2, -1, r"first \(-1\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            ExtendedVocabulary(INNER["tied"](), new, first=first)
+            ExtendedDecoder(INNER["tied"](), new, first=first)
     with pytest.raises(ValueError, match=r"token ids from 3 to 56.*vocabulary of 53"):
         make()(torch.tensor([[3, VOCAB + NEW]]))

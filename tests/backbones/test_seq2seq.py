@@ -17,10 +17,10 @@ VOCAB, DIM, HEADS = 53, 20, 5
 EOS = 2
 
 
-def make(pre_norm: bool = False, **options: Any) -> Transformer:
+def make(norm_first: bool = False, **options: Any) -> Transformer:
     torch.manual_seed(2)
     arguments: dict[str, Any] = {"decoder_depth": 3, "mlp_dim": 37, "max_len": 29} | options
-    model = Transformer(VOCAB, DIM, 2, HEADS, pre_norm=pre_norm, **arguments)
+    model = Transformer(VOCAB, DIM, 2, HEADS, norm_first=norm_first, **arguments)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
@@ -120,12 +120,12 @@ TORCH_KEYS = {
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
-@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @torch.no_grad()
-def test_equals_torch_nn_transformer(pre_norm: bool) -> None:
-    model, batch = make(pre_norm), pairs()
-    theirs = nn.Transformer(DIM, HEADS, 2, 3, 37, norm_first=pre_norm, batch_first=True)
-    if not pre_norm:  # It puts a norm behind the last one, which the paper does not have.
+def test_equals_torch_nn_transformer(norm_first: bool) -> None:
+    model, batch = make(norm_first), pairs()
+    theirs = nn.Transformer(DIM, HEADS, 2, 3, 37, norm_first=norm_first, batch_first=True)
+    if not norm_first:  # It puts a norm behind the last one, which the paper does not have.
         theirs.encoder.norm = theirs.decoder.norm = None
     own = model.state_dict()
     theirs.load_state_dict(convert_back(key_mappings(TORCH_KEYS, own), own))
@@ -157,11 +157,11 @@ def test_parameters_of_base_and_big() -> None:
 # --- properties
 
 
-@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @torch.no_grad()
-def test_cached_decoding_equals_one_pass(pre_norm: bool) -> None:
+def test_cached_decoding_equals_one_pass(norm_first: bool) -> None:
     """Prompts padded on the left, three copies of a row, shuffled between the steps."""
-    model, batch = make(pre_norm), pairs("left")
+    model, batch = make(norm_first), pairs("left")
     logits, state = model.prefill(batch, expand_size=3, max_new_tokens=4)
     rows = torch.arange(3).repeat_interleave(3)
     history = batch.tokens[rows]
@@ -339,7 +339,7 @@ def test_errors_say_the_numbers() -> None:
         generate(model, pairs(), eos_id=EOS, max_new_tokens=23)
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True, "tied": False, "activation": "gelu"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "tied": False, "activation": "gelu"}], ids=str)
 def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
     model, batch = make(**options), pairs()
     model.save_pretrained(tmp_path)

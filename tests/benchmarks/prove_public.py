@@ -162,7 +162,7 @@ def llava(vision: ViT, texts: Texts) -> Llava:
         texts.vocab_size, 192, 3, 4, max_len=128, attention=AttentionConfig(bias=False), tied=False,
         mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms"), positions=PositionConfig("rotary"),
     )  # fmt: skip
-    projector, image = MLPProjector(192, 192, pre_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
+    projector, image = MLPProjector(192, 192, input_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
     return Llava(
         tower, projector, decoder, image, vision_feature_layers=(-1,), keep_prefix_tokens=False, freeze_decoder=False
     )

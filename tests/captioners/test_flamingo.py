@@ -30,7 +30,7 @@ from mmtransformer import (
     record_attention,
     show_mask,
 )
-from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
+from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
 from mmtransformer.captioners.flamingo import FlamingoState
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.modes import is_frozen
@@ -421,7 +421,7 @@ def test_frozen_is_frozen() -> None:
 def seen_by_blocks(model: Flamingo, given: CaptionBatch) -> list[bool]:
     """Whether the input of each of the decoder's blocks is part of the backward pass."""
     found: list[bool] = []
-    inner: Any = model.decoder.decoder if isinstance(model.decoder, ExtendedVocabulary) else model.decoder
+    inner: Any = model.decoder.decoder if isinstance(model.decoder, ExtendedDecoder) else model.decoder
     blocks: Any = inner.blocks
     hooks = [b.register_forward_pre_hook(lambda _, args: found.append(args[0].requires_grad)) for b in blocks]
     caption_loss(model.train(), given, reduction="sum").sum.backward()
@@ -435,7 +435,7 @@ def test_the_backward_pass_stops_below_the_first_gated_block() -> None:
     assert seen_by_blocks(flamingo(cross_layers=[2]), given) == [False, False, True]
     assert seen_by_blocks(flamingo(cross_layers=[1]), given) == [False, True, True]
     assert seen_by_blocks(flamingo(), given) == [True, True, True]
-    longer = ExtendedVocabulary(TextDecoder(VOCAB, 24, 3, 4), 1)
+    longer = ExtendedDecoder(TextDecoder(VOCAB, 24, 3, 4), 1)
     assert seen_by_blocks(Flamingo(ViT((16, 24), 8, 20, 1, 4), longer, cross_layers=[2]), given) == [True, True, True]
 
 
@@ -469,7 +469,7 @@ def test_what_is_not_frozen_learns() -> None:
 def test_only_new_tokens_of_the_language_model_learn(kind: str) -> None:
     plain, given = flamingo(opened=False, **KINDS[kind]), batch()
     options = {name: value for name, value in KINDS[kind].items() if name != "lm"}
-    longer = ExtendedVocabulary(plain.decoder, 2)
+    longer = ExtendedDecoder(plain.decoder, 2)
     model = Flamingo(plain.vision, longer, **grouped({"num_heads": 3, "head_dim": 7} | options)).eval()
     assert model.vocab_size == VOCAB + 2
     assert torch.equal(model.logits(given)[..., :VOCAB], plain.decoder.head(plain.decoder(given.tokens)))
@@ -746,11 +746,11 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
 def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
     """Rows as the interleaved data packs them: image tokens, several documents, several pictures."""
     from mmtransformer import ImageTransform
-    from mmtransformer.data.documents.documents import PairDocuments
+    from mmtransformer.data.documents.documents import PairsAsDocuments
     from mmtransformer.data.interleaved_data import InterleavedData
     from mmtransformer.data.scenes.scenes import Scenes
 
-    documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
+    documents = PairsAsDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
     data = InterleavedData(
         documents, transform=ImageTransform(16), vocab_size=300, batch_size=2, row_len=120, max_images=4
     )

@@ -27,7 +27,7 @@ VOCAB, IMAGE = 53, 50
 def llava(**options: Any) -> Llava:
     torch.manual_seed(3)
     vision = ViT((16, 24), 4, 20, 3, 4, num_registers=1)
-    projector = options.pop("projector", None) or MLPProjector(20, 24, pre_norm=False)
+    projector = options.pop("projector", None) or MLPProjector(20, 24, input_norm=False)
     model = Llava(vision, projector, TextDecoder(VOCAB, 24, 2, 4, max_len=97), IMAGE, **options)
     with torch.no_grad():
         for parameter in model.parameters():

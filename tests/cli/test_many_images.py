@@ -26,7 +26,7 @@ from PIL import Image
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.data.image_files import ImageFiles
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError

@@ -15,7 +15,7 @@ from mmtransformer.data.check import CheckReport, Finding, check
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import ImageError

@@ -14,7 +14,7 @@ from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.hub_pairs import HubPairs
 from mmtransformer.data.hub_splits import choose_files, splits_of_names
-from mmtransformer.data.opening import hub_name, open_pairs
+from mmtransformer.data.open_sources import hub_name, open_pairs
 from mmtransformer.serialization.hub import HubOptions
 from support.stand_in_hub import DatasetHub
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtransformer.data.documents.documents import Documents, PairDocuments
+from mmtransformer.data.documents.documents import Documents, PairsAsDocuments
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
@@ -211,8 +211,8 @@ def test_batches_of_a_mixture_do_not_depend_on_workers_and_are_grouped_by_length
 
 def document_mixture(**options: object) -> DocumentMixture:
     sources = {
-        "big": PairDocuments(FakeSource(train=FakePairs(41), val=FakePairs(5, seed=1))),
-        "small": PairDocuments(FakeSource(train=FakePairs(7, ("ko",), seed=2))),
+        "big": PairsAsDocuments(FakeSource(train=FakePairs(41), val=FakePairs(5, seed=1))),
+        "small": PairsAsDocuments(FakeSource(train=FakePairs(7, ("ko",), seed=2))),
     }
     return DocumentMixture(sources, **options)  # type: ignore[arg-type]
 

@@ -217,7 +217,7 @@ def encoder(**options: Any) -> TextEncoder:
 def test_padding_changes_no_text(pool: str) -> None:
     text: TextTower | TextEncoderTower
     if pool in ("projected", "pooled"):
-        text = TextEncoderTower(encoder(), projection_dim=17 if pool == "projected" else None)
+        text = TextEncoderTower(encoder(), embed_dim=17 if pool == "projected" else None)
     else:
         pad = 3 if pool == "last" else None
         text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "eos", pool=pool, pad_id=pad)  # type: ignore[arg-type]
@@ -294,7 +294,7 @@ def test_a_bert_is_a_text_tower(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [17, None])
 def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -> None:
-    clip, of = model(text=TextEncoderTower(encoder(mlm_head=True), projection_dim=width)), batch()
+    clip, of = model(text=TextEncoderTower(encoder(mlm_head=True), embed_dim=width)), batch()
     tower, (tokens, mask) = clip.text, clip.text_inputs(of)
     assert isinstance(tower, TextEncoderTower)
     first = tower.encoder(tokens, attention_mask=mask)[:, 0]
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pad_id \(None\) is what pool=\"last\" fills"):
         TextTower(53, 20, 1, 2, pool="last")
     with pytest.raises(
-        ValueError, match="without a projection_dim the encoder's pooler is read: build it with pooler=True"
+        ValueError, match="without an embed_dim the encoder's pooler is read: build it with pooler=True"
     ):
         TextEncoderTower(encoder(pooler=False))
     with pytest.raises(ValueError, match=r"pad_id \(99\) must be one of the 53 ids"):

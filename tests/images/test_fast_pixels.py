@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmtransformer.data.classes import ClassDataset
-from mmtransformer.data.documents.documents import DocumentPairs, PairDocuments
+from mmtransformer.data.documents.documents import DocumentsAsPairs, PairsAsDocuments
 from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.data.loading.rows import CaptionRows
 from mmtransformer.data.loading.sampler import SampleIndex
@@ -225,8 +225,8 @@ def test_every_wrapper_of_a_source_passes_the_size_on(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(f"a photo of number {i}\n")
     source = PairFiles(str(tmp_path))
     mixed = Mixture({"a": source, "b": source})
-    as_documents = PairDocuments(source)
-    for split in (source, mixed, DocumentPairs(as_documents), DocumentPairs(as_documents)):
+    as_documents = PairsAsDocuments(source)
+    for split in (source, mixed, DocumentsAsPairs(as_documents), DocumentsAsPairs(as_documents)):
         assert scaled_image(split.split("train"), 0, at_least=(48, 48)).size == (75, 50)
         assert scaled_image(split.split("train"), 0, at_least=None).size == (300, 200)
     assert scaled_image(as_documents.split("train"), 0, 0, at_least=(48, 48)).size == (75, 50)

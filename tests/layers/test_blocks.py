@@ -127,13 +127,13 @@ def copy(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
         ours.get_submodule(here).load_state_dict(theirs.get_submodule(there).state_dict())
 
 
-@pytest.mark.parametrize("pre_norm", [True, False])
-def test_encoder_block_equals_torch(pre_norm: bool) -> None:
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_block_equals_torch(norm_first: bool) -> None:
     theirs = shake(
-        nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, "gelu", 1e-5, batch_first=True, norm_first=pre_norm)
+        nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, "gelu", 1e-5, batch_first=True, norm_first=norm_first)
     )
     norm = partial(make_norm, "layer", DIM, 1e-5)
-    ours = EncoderBlock(DIM, Attention(DIM, HEADS), MLP(DIM, HIDDEN), norm, pre_norm=pre_norm).eval()
+    ours = EncoderBlock(DIM, Attention(DIM, HEADS), MLP(DIM, HIDDEN), norm, norm_first=norm_first).eval()
     copy(ours, theirs, {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "linear1", "mlp.fc2": "linear2"})
     copy_attention(ours.attn, theirs.self_attn)
     x, allowed = torch.randn(3, 7, DIM), torch.rand(7, 7) > 0.4
@@ -143,10 +143,10 @@ def test_encoder_block_equals_torch(pre_norm: bool) -> None:
         torch.testing.assert_close(ours(x, mask=mask), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pre_norm", [True, False])
-def test_decoder_block_equals_torch(pre_norm: bool) -> None:
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_decoder_block_equals_torch(norm_first: bool) -> None:
     theirs = shake(
-        nn.TransformerDecoderLayer(DIM, HEADS, HIDDEN, 0.0, "relu", 1e-5, batch_first=True, norm_first=pre_norm)
+        nn.TransformerDecoderLayer(DIM, HEADS, HIDDEN, 0.0, "relu", 1e-5, batch_first=True, norm_first=norm_first)
     )
     norm = partial(make_norm, "layer", DIM, 1e-5)
     ours = DecoderBlock(
@@ -155,7 +155,7 @@ def test_decoder_block_equals_torch(pre_norm: bool) -> None:
         MLP(DIM, HIDDEN, activation="relu"),
         norm,
         cross_attn=Attention(DIM, HEADS),
-        pre_norm=pre_norm,
+        norm_first=norm_first,
     ).eval()
     names = {"norm1": "norm1", "norm_cross": "norm2", "norm2": "norm3", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
     copy(ours, theirs, names)

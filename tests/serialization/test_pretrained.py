@@ -25,7 +25,7 @@ from mmtransformer import (
     ConcatViT,
     DiffusionConfig,
     DiffusionTransformer,
-    ExtendedVocabulary,
+    ExtendedDecoder,
     Flamingo,
     GatedBlockConfig,
     Git,
@@ -134,13 +134,13 @@ MODELS: dict[str, Callable[[], Any]] = {
         mlm_head=True,
         positions=PositionConfig("rotary", nope_interval=2, embed_scale=2.0),
     ),
-    "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
+    "ExtendedDecoder": lambda: ExtendedDecoder(decoder(tied=False), 3, first=52),
     "HubDecoder": lambda: HubDecoder(
         {"model_type": "gpt_neox", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 4, "intermediate_size": 31},
         max_len=29,
     ),
-    "MLPProjector": lambda: MLPProjector(20, 12, 7, pixel_shuffle=2, pre_norm=False, bias=False),
+    "MLPProjector": lambda: MLPProjector(20, 12, 7, pixel_shuffle=2, input_norm=False, bias=False),
     "LinearProjector": lambda: LinearProjector(20, 12, pixel_shuffle=2, bias=False),
     "LinearConnector": lambda: LinearConnector(20, 12),
     "TransformerConnector": lambda: TransformerConnector(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
@@ -203,7 +203,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "TextEncoder that reads a context": lambda: TextEncoder(53, 24, 2, 4, context_dim=20),
     "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, nsp_head=True),
     "Transformer": lambda: Transformer(
-        53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,
+        53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, norm_first=True, activation="gelu", norm_eps=1e-3,
         tied=False, dropout=0.2,
     ),
     "HubSeq2Seq": lambda: HubSeq2Seq(
@@ -231,7 +231,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, add_bos_token=False,
         activation="gelu_tanh", norm_eps=1e-6, dropout=0.1,
     ),
-    "TextEncoderTower": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), projection_dim=9),
+    "TextEncoderTower": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), embed_dim=9),
     "TextEncoderTower of a pooler": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17)),
     "CLIP": lambda: CLIP(
         ViT(**VISION), TextTower(23, 20, 1, 4, max_len=17), embed_dim=9, text_bias=True, pool_heads=4, loss="sigmoid",
@@ -562,14 +562,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (5, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (6, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (4, 6, None):
+    for version in (5, 7, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 5: train it again"):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 6: train it again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

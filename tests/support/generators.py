@@ -12,7 +12,7 @@ from mmtransformer import (
     Blip2QFormer,
     CaptionBatch,
     CoCa,
-    ExtendedVocabulary,
+    ExtendedDecoder,
     Flamingo,
     GatedBlockConfig,
     Git,
@@ -70,7 +70,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "longrope": lambda: decoder(
         **LLAMA | {"positions": PositionConfig("rotary", scaling=LONG), "attention": AttentionConfig(2, 4, bias=False)}
     ),
-    "extended": lambda: ExtendedVocabulary(decoder(), 3),
+    "extended": lambda: ExtendedDecoder(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
     "cross-attention": lambda: VisionEncoderDecoder(vit(), decoder(context_dim=DIM)),
     "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedBlockConfig(3, 7), visible_images="all_previous"),

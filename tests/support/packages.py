@@ -37,6 +37,7 @@ IMPORT_ORDER = [
     "plots",
     "data/loading",
     "data/files",
+    "data/formats/json",
     "data/formats",
     "data/documents",
     "data/pair_files",

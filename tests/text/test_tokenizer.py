@@ -609,12 +609,12 @@ def test_special_tokens_cannot_fall_in_gaps(tokenizer: Tokenizer) -> None:
 
 
 def test_a_decoder_learns_the_tokens_that_a_tokenizer_was_given(tmp_path: Path) -> None:
-    from mmtransformer import ExtendedVocabulary, TextDecoder
+    from mmtransformer import ExtendedDecoder, TextDecoder
 
     old = Tokenizer.from_pretrained(llama(tmp_path / "llama"))
     new = old.with_special_tokens(image_token=True, languages=["ko"])
     decoder = TextDecoder(old.vocab_size, 24, 1, 4, max_len=29)
-    decoder = ExtendedVocabulary(decoder, new.vocab_size - old.vocab_size, first=old.vocab_size)
+    decoder = ExtendedDecoder(decoder, new.vocab_size - old.vocab_size, first=old.vocab_size)
     ids = torch.tensor([[*new.prompt("ko"), new.image_token_id or 0, *new.encode("red 별")]])
     assert decoder.head(decoder(ids)).shape == (1, ids.shape[1], new.vocab_size)
 

@@ -107,7 +107,7 @@ def openflamingo() -> Flamingo:
 
 def llava() -> Llava:
     return Llava(
-        MODELS["clip"](), MLPProjector(88, 24, pre_norm=False), llama("llama"), VOCAB - 1, vision_feature_layers=(-1,)
+        MODELS["clip"](), MLPProjector(88, 24, input_norm=False), llama("llama"), VOCAB - 1, vision_feature_layers=(-1,)
     )
 
 

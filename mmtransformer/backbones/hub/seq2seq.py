@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState
 from mmtransformer.backbones.hub.decoder import HubCache
-from mmtransformer.backbones.seq2seq import Source, TransformerState, join_prefix
+from mmtransformer.backbones.seq2seq import EncodedSource, TransformerState, join_prefix
 from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -68,7 +68,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         attention_mask: Tensor | None = None,
         prefix_embeds: Tensor | None = None,
         prefix_attention_mask: Tensor | None = None,
-    ) -> Source:
+    ) -> EncodedSource:
         """Reads sources (n k) long behind embeddings (n p d); see `Transformer.encode`.
 
         Positions are relative, so that what stands in front takes its place as tokens do.
@@ -83,13 +83,15 @@ class HubSeq2Seq(Pretrained, nn.Module):
         if prefix_embeds is not None:
             x, attention_mask = join_prefix(prefix_embeds, prefix_attention_mask, x, attention_mask)
         mask = None if attention_mask is None else attention_mask.long()
-        return Source(self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask)
+        return EncodedSource(
+            self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask
+        )
 
-    def project(self, source: Source) -> Source:
+    def project(self, source: EncodedSource) -> EncodedSource:
         """The source as it is: transformers' cache projects it with the first token of a target, once."""
         return source
 
-    def decode(self, tokens: Tensor, source: Source, *, state: DecoderState | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, source: EncodedSource, *, state: DecoderState | None = None) -> Tensor:
         """Hidden states (b q d) of right-padded target tokens (b q) long; see `Transformer.decode`."""
         (context, attention_mask), b = source, len(tokens)
         if b % len(context):

@@ -13,7 +13,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import Captioner
-from mmtransformer.captioners.soft_prompt import in_image_order, read_behind_images
+from mmtransformer.captioners.decoder_prefix import in_image_order, read_behind_images
 from mmtransformer.connectors.projector import LinearProjector
 from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import record_attention

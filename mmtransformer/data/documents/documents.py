@@ -85,15 +85,15 @@ class PairDocumentSplit:
 
     Args:
         pairs: the pairs.
-        captions: most captions of a picture that become documents; None = all.
+        max_captions: most captions of a picture that become documents; None = all.
     """
 
-    def __init__(self, pairs: Pairs, captions: int | None = None):
+    def __init__(self, pairs: Pairs, max_captions: int | None = None):
         self.pairs = pairs
         self._captions = [
             (i, k, caption)
             for i in range(len(pairs))
-            for k, caption in enumerate(pairs.captions(i)[: captions or None])
+            for k, caption in enumerate(pairs.captions(i)[: max_captions or None])
         ]
 
     def __len__(self) -> int:
@@ -128,21 +128,21 @@ class PairDocumentSplit:
         return scaled_image(self.pairs, self._captions[i][0], at_least=at_least)
 
 
-class PairDocuments:
+class PairsAsDocuments:
     """Pairs of any kind as interleaved data, so that they can be mixed with documents: a `DocumentSource`.
 
     Args:
         source: the pairs.
-        captions: most captions of a picture that become documents; null = all.
+        max_captions: most captions of a picture that become documents; null = all.
 
     Raises:
-        ValueError: `captions` is below 1.
+        ValueError: `max_captions` is below 1.
     """
 
-    def __init__(self, source: PairSource, captions: int | None = None):
-        if captions is not None and captions < 1:
-            raise ValueError(f"captions must be at least 1, got {captions}")
-        self.source, self.captions = source, captions
+    def __init__(self, source: PairSource, max_captions: int | None = None):
+        if max_captions is not None and max_captions < 1:
+            raise ValueError(f"max_captions must be at least 1, got {max_captions}")
+        self.source, self.max_captions = source, max_captions
         self.languages: tuple[str, ...] = source.languages
 
     def splits(self) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ class PairDocuments:
 
     def split(self, name: str) -> PairDocumentSplit:
         """One split as documents."""
-        return PairDocumentSplit(self.source.split(name), self.captions)
+        return PairDocumentSplit(self.source.split(name), self.max_captions)
 
 
 class ImagePairs:
@@ -194,7 +194,7 @@ class ImagePairs:
         return [self._captions[i]]
 
 
-class DocumentPairs:
+class DocumentsAsPairs:
     """Interleaved data as pairs: every picture with the text that follows it. A `PairSource`.
 
     Args:

@@ -34,7 +34,7 @@ from mmtransformer.data.files.text import (
     shown_controls,
     split_word,
 )
-from mmtransformer.data.formats.json_text import json_lines
+from mmtransformer.data.formats.json.text import json_lines
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load

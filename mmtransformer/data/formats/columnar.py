@@ -10,8 +10,8 @@ from mmtransformer.data.files.columns import Columns, find_columns, image_column
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, make_row
-from mmtransformer.data.formats.conversations import KEYS, is_turn
-from mmtransformer.data.formats.json_files import read_records
+from mmtransformer.data.formats.json.conversations import KEYS, is_turn
+from mmtransformer.data.formats.json.files import read_records
 from mmtransformer.data.formats.parquet import (
     ARROW,
     TableBytes,

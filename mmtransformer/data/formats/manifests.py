@@ -31,8 +31,8 @@ from mmtransformer.data.files.read_options import Format, Wanted
 from mmtransformer.data.files.tables import sniff, split_cells
 from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
-from mmtransformer.data.formats.json_shapes import fits, json_shape
-from mmtransformer.data.formats.json_text import json_lines, load_json
+from mmtransformer.data.formats.json.shapes import fits, json_shape
+from mmtransformer.data.formats.json.text import json_lines, load_json
 from mmtransformer.data.formats.line_by_line import line_files
 from mmtransformer.data.formats.lists import list_format
 from mmtransformer.data.formats.overlooked import download_logs, keys_of, unread

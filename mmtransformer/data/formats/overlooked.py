@@ -8,7 +8,7 @@ from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.tables import sniff
 from mmtransformer.data.files.text import lines
-from mmtransformer.data.formats.json_text import load_json
+from mmtransformer.data.formats.json.text import load_json
 from mmtransformer.data.formats.parquet import COLUMNAR
 from mmtransformer.data.formats.readers import SUFFIXES
 

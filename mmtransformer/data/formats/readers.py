@@ -12,9 +12,9 @@ from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, read_table
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.excel import read_excel
-from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records
-from mmtransformer.data.formats.json_shapes import json_shape
-from mmtransformer.data.formats.json_text import json_lines, load_json
+from mmtransformer.data.formats.json.files import read_coco, read_karpathy, read_records
+from mmtransformer.data.formats.json.shapes import json_shape
+from mmtransformer.data.formats.json.text import json_lines, load_json
 from mmtransformer.data.formats.line_by_line import read_line_by_line
 from mmtransformer.data.formats.lists import read_list
 from mmtransformer.data.formats.parquet import ARROW

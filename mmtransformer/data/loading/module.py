@@ -22,9 +22,9 @@ from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.fingerprints import Parts, changes, fingerprints
-from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, processes
 from mmtransformer.data.loading.source import splits_there
+from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.printable import printable

@@ -64,7 +64,7 @@ class SceneDocumentSplit:
         """The texts of document i."""
         language, aspect, chance = self.language(i), self.aspect(i), self._chance(i, "text")
         opening = chance.choice(_OPENINGS[language]) if chance.random() < self.source.openings else ""
-        count = chance.randint(*self.source.images)
+        count = chance.randint(*self.source.num_images)
         texts = [answer(self.scene(i, k), aspect, language, chance) for k in range(count)]
         return Document((opening, *texts), language)
 
@@ -129,7 +129,7 @@ class SceneDocuments:
         seed: another seed is another data set.
         train_size: documents to train on.
         val_size: documents to validate on.
-        images: the fewest and the most pictures of a document.
+        num_images: the fewest and the most pictures of a document.
         aspects: what may be told, one a document: "description", or one fact of the picture's first group: "color",
             "shape", "count", "size", "fill".
         languages: language codes, "en" and "ko"; one a document.
@@ -146,7 +146,7 @@ class SceneDocuments:
         seed: int = 0,
         train_size: int = 20000,
         val_size: int = 200,
-        images: tuple[int, int] = (2, 5),
+        num_images: tuple[int, int] = (2, 5),
         aspects: Sequence[Aspect] = ASPECTS,
         languages: Sequence[str] = ("en", "ko"),
         openings: float = 0.2,
@@ -158,15 +158,15 @@ class SceneDocuments:
         for split, size in self.sizes.items():
             if size < 1:
                 raise ValueError(f"{split}_size must be at least 1, got {size}")
-        if not 1 <= images[0] <= images[1]:
-            raise ValueError(f"images must be the fewest (at least 1) and the most of a document, got {images}")
+        if not 1 <= num_images[0] <= num_images[1]:
+            raise ValueError(f"num_images must be the fewest (at least 1) and the most of a document, got {num_images}")
         if not 0 <= openings <= 1:
             raise ValueError(f"openings is a share, from 0 to 1, got {openings}")
         for field, values, known in (("aspects", aspects, ASPECTS), ("languages", languages, tuple(LANGUAGES))):
             if not values or set(values) - set(known) or len(set(values)) < len(values):
                 raise ValueError(f"{field} must be different ones of {', '.join(known)}, got {list(values)}")
         self.image_size, self.seed = image_size, seed
-        self.images, self.aspects, self.openings, self.world = images, tuple(aspects), openings, world
+        self.num_images, self.aspects, self.openings, self.world = num_images, tuple(aspects), openings, world
         self.languages: tuple[str, ...] = tuple(languages)
 
     def splits(self) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.fingerprints import Parts
-from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, open_texts

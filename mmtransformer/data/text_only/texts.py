@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from mmtransformer.batch import Batch
 from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.fingerprints import Parts
-from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import DataModule, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
 from mmtransformer.data.text_only.text_source import TextFiles, TextSource, open_texts
 from mmtransformer.serialization.printable import counted

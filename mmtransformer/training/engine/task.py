@@ -55,7 +55,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     """What a sample is called where the throughput is shown."""
     data_kind: type[DataT] = DataModule  # pyright: ignore[reportAssignmentType]
     """The data that it knows."""
-    validated: tuple[tuple[str, str], ...] = ()
+    val_metrics: tuple[tuple[str, str], ...] = ()
     """What a validation's line says after the loss: a metric's name and its words, such as "{:.1%} right"."""
 
     def __init__(self, optim: OptimConfig) -> None:
@@ -95,7 +95,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """How many tokens of a batch are learned: for the count of tokens; the loss's count unless a task says else."""
         return loss.count
 
-    def watch(self, name: str, value: Tensor) -> None:
+    def log_value(self, name: str, value: Tensor) -> None:
         """Lets a single number be logged with the step that is computed, without waiting for it."""
         self._parts.watched[name] = value.detach()
 
@@ -114,8 +114,8 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         return []
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's result in a line: the loss, and what of `validated` there is."""
-        said = (("loss", "loss {:.3f}"), *self.validated)
+        """A validation's result in a line: the loss, and what of `val_metrics` there is."""
+        said = (("loss", "loss {:.3f}"), *self.val_metrics)
         found = [text.format(float(metrics[f"{split}/{name}"])) for name, text in said if f"{split}/{name}" in metrics]
         return f"{split}: {', '.join(found)}"
 

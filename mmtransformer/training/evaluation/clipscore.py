@@ -41,7 +41,7 @@ def clip_scores(
         encoder.encode_images([encoder.transform(pairs.image(i)) for i in wanted[start : start + batch_size]])
         for start in range(0, len(wanted), batch_size)
     ]
-    images = torch.cat(parts).numpy() if parts else np.zeros((0, encoder.projection_dim))
+    images = torch.cat(parts).numpy() if parts else np.zeros((0, encoder.dim))
     lead = f"{prefix.strip()} " if prefix.strip() else ""
     found: dict[str, dict[str, Any]] = {}
     for code, predictions in by.items():

@@ -161,7 +161,7 @@ def evaluate_retrieval(
     data: CaptionData,
     splits: Sequence[str] | None = None,
     *,
-    rerank: int = 0,
+    num_rerank: int = 0,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
@@ -173,8 +173,8 @@ def evaluate_retrieval(
         model: The model; it is in evaluation mode for the call.
         data: The data, with the model's tokenizer and transform.
         splits: Which splits; those that the data validates on unless told.
-        rerank: How many of the nearest are matched again, for each picture and each caption; 0 = none. As in BLIP-2's
-            own code, the score is then the logit of a match plus the similarity. A CLIP matches nothing.
+        num_rerank: How many of the nearest are matched again, for each picture and each caption; 0 = none. As in
+            BLIP-2's own code, the score is then the logit of a match plus the similarity. A CLIP matches nothing.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of pictures of a split.
@@ -183,14 +183,14 @@ def evaluate_retrieval(
     Raises:
         ValueError: If a CLIP is to match.
     """
-    if rerank and isinstance(model, CLIP):
-        raise ValueError(f"rerank ({rerank}) matches pictures and texts again, which a CLIP cannot: leave it 0")
+    if num_rerank and isinstance(model, CLIP):
+        raise ValueError(f"num_rerank ({num_rerank}) matches pictures and texts again, which a CLIP cannot: leave it 0")
     model.to(device)
     kind = torch.device(device).type
     result = Retrieval()
     for split in data.val_splits if splits is None else splits:
         with evaluation_mode(model), torch.autocast(kind, autocast, autocast is not None):
-            result.splits[split] = _split(model, data, split, rerank, device, limit_batches, text_batch)
+            result.splits[split] = _split(model, data, split, num_rerank, device, limit_batches, text_batch)
     return result
 
 
@@ -198,7 +198,7 @@ def _split(
     model: Blip2QFormer | CLIP,
     data: CaptionData,
     split: str,
-    rerank: int,
+    num_rerank: int,
     device: torch.device | str,
     limit: int | None,
     size: int,
@@ -231,10 +231,10 @@ def _split(
         columns = [j for j, other in enumerate(codes) if other == code]
         owners = sorted({captions[j][0] for j in columns})
         parts[code or ANY] = owners, columns
-        if rerank:
-            again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
+        if num_rerank:
+            again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], num_rerank)
     matched = None
-    if rerank and isinstance(model, Blip2QFormer):
+    if num_rerank and isinstance(model, Blip2QFormer):
         matched = _matched(model, data, split, near, again, images, tokens, device, limit, size)
     for code, (owners, columns) in parts.items():
         row_of = {owner: row for row, owner in enumerate(owners)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
-from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
+from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
 from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.captioners.base import Captioner, caption_loss
 from mmtransformer.captioners.coca import CoCa
@@ -330,7 +330,7 @@ def _add_languages(saved: ImageCaptioner, languages: Sequence[str]) -> None:
     new, first = more.vocab_size - saved.tokenizer.vocab_size, saved.tokenizer.vocab_size
     decoder = _decoder(saved.model, "add_languages")
     if new:
-        saved.model.decoder = ExtendedVocabulary(decoder, new, first=first).merged().requires_grad_(True)
+        saved.model.decoder = ExtendedDecoder(decoder, new, first=first).merged().requires_grad_(True)
     saved.tokenizer = more
 
 

@@ -36,7 +36,7 @@ class Classification(Task[ClassData]):
     """
 
     data_kind = ClassData
-    validated = (("accuracy", "{:.1%} right"),)
+    val_metrics = (("accuracy", "{:.1%} right"),)
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ class ContrastiveLearning(Task[CaptionData]):
     """
 
     data_kind = CaptionData
-    validated = (("text_recall@1", "text of a picture {:.1%}"), ("image_recall@1", "picture of a text {:.1%}"))
+    val_metrics = (("text_recall@1", "text of a picture {:.1%}"), ("image_recall@1", "picture of a text {:.1%}"))
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class ContrastiveLearning(Task[CaptionData]):
         found = self.model(batch, gather_grad=self.gather_grad)
         if self.logs_this_step:
             for name in ("image_accuracy", "text_accuracy"):
-                self.watch(f"train/{name}", found.terms[name])
-            self.watch("logit_scale", self.model.scale)
+                self.log_value(f"train/{name}", found.terms[name])
+            self.log_value("logit_scale", self.model.scale)
         return found.sums
 
     def learned_tokens(self, batch: CaptionBatch, loss: SumAndCount) -> Tensor:

@@ -46,7 +46,7 @@ class ImageGeneration(Task[CaptionData]):
     """
 
     data_kind = CaptionData
-    validated = (("facts", "{:.1%} of facts drawn right"),)
+    val_metrics = (("facts", "{:.1%} of facts drawn right"),)
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class LanguageModeling(Task[TextData]):
 
     unit = "texts"
     data_kind = TextData
-    validated = (("perplexity", "perplexity {:.2f}"),)
+    val_metrics = (("perplexity", "perplexity {:.2f}"),)
 
     def __init__(
         self,

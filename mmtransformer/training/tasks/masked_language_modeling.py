@@ -36,7 +36,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
 
     unit = "texts"
     data_kind = MaskedTextData
-    validated = (("nsp_loss", "pairs {:.3f}"),)
+    val_metrics = (("nsp_loss", "pairs {:.3f}"),)
 
     def __init__(
         self,

@@ -35,9 +35,10 @@ class QFormerStage1(Captioning):
         optim: The optimizer and its schedule.
         itc_smoothing: Label smoothing of the contrastive loss, in training only.
         label_smoothing: That of the generation loss.
-        match_texts: How many of a picture's captions of a batch are matched; None = all. It is most of a step's work.
+        num_match_texts: How many of a picture's captions of a batch are matched; None = all. It is most of a step's
+            work.
         gather_grad: Whether contrastive gradients reach the processes that candidates came from.
-        rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
+        num_rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
         seed: Of the negatives.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         generation: How captions are searched for when the run is evaluated; saved with the model.
@@ -52,9 +53,9 @@ class QFormerStage1(Captioning):
         optim: OptimConfig = OptimConfig(),  # noqa: B008 (frozen)
         itc_smoothing: float = 0.1,
         label_smoothing: float = 0.1,
-        match_texts: int | None = None,
+        num_match_texts: int | None = None,
         gather_grad: bool = True,
-        rerank: int = 16,
+        num_rerank: int = 16,
         seed: int = 0,
         image_ablation_batches: int = 4,
         generation: GenerationConfig = CAPTIONING,
@@ -68,10 +69,10 @@ class QFormerStage1(Captioning):
         )
         if not 0.0 <= itc_smoothing < 1.0:
             raise ValueError(f"itc_smoothing ({itc_smoothing}) must be at least 0 and below 1")
-        if rerank < 0:
-            raise ValueError(f"rerank ({rerank}) must be at least 0")
-        self.itc_smoothing, self.match_texts, self.gather_grad = itc_smoothing, match_texts, gather_grad
-        self.rerank, self.seed = rerank, seed
+        if num_rerank < 0:
+            raise ValueError(f"num_rerank ({num_rerank}) must be at least 0")
+        self.itc_smoothing, self.num_match_texts, self.gather_grad = itc_smoothing, num_match_texts, gather_grad
+        self.num_rerank, self.seed = num_rerank, seed
         self._micro = 0  # batches since the last optimizer step
 
     def setup(self, stage: str) -> None:
@@ -92,7 +93,7 @@ class QFormerStage1(Captioning):
             label_smoothing=self.label_smoothing if training else 0.0,
             itc_smoothing=self.itc_smoothing if training else 0.0,
             seed=int(hash64(self.seed, *step)) >> 2,
-            match_texts=self.match_texts if training else None,
+            num_match_texts=self.num_match_texts if training else None,
             gather_grad=self.gather_grad,
         )
 
@@ -101,8 +102,8 @@ class QFormerStage1(Captioning):
         found = self.output(batch, training=True)
         if self._micro == 0 and self.logs_this_step:
             for name, value in found.terms.items():
-                self.watch(f"train/{name}", value)
-            self.watch("temperature", self.captioner.temperature)
+                self.log_value(f"train/{name}", value)
+            self.log_value("temperature", self.captioner.temperature)
         self._micro += 1
         return found.sums
 
@@ -139,7 +140,7 @@ class QFormerStage1(Captioning):
         retrieval = evaluate_retrieval(
             self.captioner,
             data,
-            rerank=self.rerank,
+            num_rerank=self.num_rerank,
             device=run.device,
             autocast=run.autocast,
             limit_batches=run.limit_batches,

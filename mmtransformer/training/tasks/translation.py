@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from mmtransformer.backbones.seq2seq import Transformer
 from mmtransformer.batch import Seq2SeqBatch, SumAndCount
+from mmtransformer.data.parallel_texts import Parallel
 from mmtransformer.data.scenes.facts import judge
-from mmtransformer.data.scenes.parallel_texts import Parallel
 from mmtransformer.data.translation import TranslationData
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.next_token import next_token_loss
@@ -82,7 +82,7 @@ class Translation(Task[TranslationData]):
 
     unit = "pairs"
     data_kind = TranslationData
-    validated = (("perplexity", "perplexity {:.3f}"),)
+    val_metrics = (("perplexity", "perplexity {:.3f}"),)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
+from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
@@ -150,13 +150,13 @@ def idefics_from_state(
 def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
-    An `ExtendedVocabulary`'s new tokens are the additional ones there.
+    An `ExtendedDecoder`'s new tokens are the additional ones there.
 
     Raises:
         ValueError: if the captioner is of another kind.
     """
     resampler, vision = model.connector, model.vision
-    longer = model.decoder if isinstance(model.decoder, ExtendedVocabulary) else None
+    longer = model.decoder if isinstance(model.decoder, ExtendedDecoder) else None
     decoder = model.decoder if longer is None else longer.decoder
     if not isinstance(decoder, TextDecoder):
         raise ValueError(f"Idefics has a Llama, not {type(decoder).__name__}")
@@ -302,7 +302,7 @@ def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
     """The decoder with the additional vocabulary, if there is one: its rows learn, as they do there."""
     if _ROWS not in state:
         return decoder
-    longer = ExtendedVocabulary(decoder, len(state[_ROWS]))
+    longer = ExtendedDecoder(decoder, len(state[_ROWS]))
     with torch.no_grad():
         longer.new_embed.weight.copy_(state[_ROWS])
         if longer.new_head is not None:

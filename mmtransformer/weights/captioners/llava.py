@@ -98,7 +98,7 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     if (keep := config["vision_feature_select_strategy"] == "full") is False and not vision.class_token:
         raise ValueError(f"{context}: vision_feature_select_strategy is not full, but the tower has no class token")
     projector = MLPProjector(
-        vision.dim * len(layers), decoder.dim, pre_norm=False, bias=config.get("multimodal_projector_bias", True)
+        vision.dim * len(layers), decoder.dim, input_norm=False, bias=config.get("multimodal_projector_bias", True)
     )
     fill(projector, _PROJ, parts["projector"], f"{context}, projector")
     model = Llava(
@@ -157,7 +157,7 @@ def to_llava(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
     only_these(
         context,
         {
-            "projector.pre_norm": (projector.pre_norm, False),
+            "projector.input_norm": (projector.input_norm, False),
             "projector.pixel_shuffle": (projector.pixel_shuffle, 1),
             "projector.hidden_dim": (projector.hidden_dim, projector.dim),
             "keep_prefix_tokens": (model.keep_prefix_tokens, model.keep_prefix_tokens and vision.class_token),

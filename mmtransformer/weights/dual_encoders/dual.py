@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.dual_encoders.clip import CLIP
+from mmtransformer.serialization.model_kinds import other_kind
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.serialization.uses import other_kind
 from mmtransformer.text.tokenizer_files import find_token, read_backend, read_settings
 from mmtransformer.weights.dual_encoders.open_clip import CONFIG as OPEN_CLIP
 from mmtransformer.weights.dual_encoders.open_clip import open_clip_from_folder
@@ -141,8 +141,8 @@ def clip_to_transformers(model: CLIP, ids: Mapping[str, int] | None = None) -> t
     for scalar in ("logit_scale", "logit_bias"):
         if (value := getattr(model, scalar)) is not None:
             tensors[scalar] = value.detach().reshape(shape).clone()
-    widths = {} if siglip else {"projection_dim": model.projection_dim}
-    text_config |= {"projection_size": model.projection_dim} if siglip else widths
+    widths = {} if siglip else {"projection_dim": model.dim}
+    text_config |= {"projection_size": model.dim} if siglip else widths
     config = {
         "model_type": kind,
         "architectures": [class_name],

@@ -141,7 +141,7 @@ def clip_to_open_clip(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
         },
     )
     config = {
-        "embed_dim": model.projection_dim,
+        "embed_dim": model.dim,
         "vision_cfg": {
             "image_size": vit.image_size[0] if vit.image_size[0] == vit.image_size[1] else list(vit.image_size),
             "layers": vit.depth,

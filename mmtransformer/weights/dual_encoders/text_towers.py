@@ -78,7 +78,7 @@ def text_from_transformers(
     said = {**_USUAL[kind], **{name: value for name, value in config.items() if value is not None}}
     if kind == "altclip":
         own = {n.replace("encoder.layers.", "encoder.layer."): t for n, t in part(state, "roberta.").items()}
-        tower = TextEncoderTower(encoder_from_roberta(said, own, context), projection_dim=said["project_dim"])
+        tower = TextEncoderTower(encoder_from_roberta(said, own, context), embed_dim=said["project_dim"])
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("roberta.")}
         fill(tower, _PROJECTED, rest, context, kept=("encoder.",))
         return tower
@@ -127,7 +127,7 @@ def kind_of(text: Text, *, siglip: bool, native: bool, ids: Mapping[str, int]) -
     if siglip:
         return "siglip2" if native else "siglip"
     if isinstance(text, TextEncoderTower):
-        return "vision-text-dual-encoder" if text.projection_dim is None else "altclip"
+        return "vision-text-dual-encoder" if text.embed_dim is None else "altclip"
     if isinstance(text, TextEncoder):
         return "chinese_clip"
     return "metaclip_2" if text.pool == "eos" and ids.get("eos_token_id") == LEGACY_END else "clip"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
+from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
 from mmtransformer.backbones.hub.decoder import HubDecoder
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
@@ -122,7 +122,7 @@ def load_lm(
     Args:
         source: a folder saved by this library, a folder as hubs have it (`config.json` with `model.safetensors`, or
             with shards and their `model.safetensors.index.json`), or the name of a hub's repository, to be fetched.
-        new_tokens: ids that are added to the model's, see `ExtendedVocabulary`; what `load_tokenizer` adds.
+        new_tokens: ids that are added to the model's, see `ExtendedDecoder`; what `load_tokenizer` adds.
         first: the first of them; None = the model's vocab_size. A hub's tokenizer may have fewer tokens.
         dtype: "bfloat16" keeps a model that stays frozen in half the memory, and takes an eighth off a training step in
             bf16-mixed (BLIP-2's stage 2 on a CPU); "nf4" in an eighth, by bitsandbytes on a GPU. What is new,
@@ -142,7 +142,7 @@ def load_lm(
     decoder = _load(find_folder(source))
     if lora_rank:
         add_lora(decoder, lora_target_modules, rank=lora_rank, alpha=2.0 * lora_rank)
-    whole = ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
+    whole = ExtendedDecoder(decoder, new_tokens, first=first).eval() if new_tokens else decoder
     cast_frozen(decoder, dtype)
     return whole
 

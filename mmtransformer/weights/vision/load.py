@@ -16,6 +16,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.layers.modes import freeze as freeze_module
 from mmtransformer.serialization.hub import HubOptions
+from mmtransformer.serialization.model_kinds import with_article
 from mmtransformer.serialization.pretrained import (
     CONFIG,
     WEIGHTS,
@@ -26,7 +27,6 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
 )
 from mmtransformer.serialization.untrusted import built_from, settings_of
-from mmtransformer.serialization.uses import with_article
 from mmtransformer.weights.processors.transforms import take_transform
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder

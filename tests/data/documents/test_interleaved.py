@@ -20,11 +20,11 @@ from mmtransformer import Flamingo, GatedBlockConfig, TextDecoder, VisionEncoder
 from mmtransformer.data.documents.document_dataset import CollateDocuments, lay_out
 from mmtransformer.data.documents.documents import (
     Document,
-    DocumentPairs,
     Documents,
+    DocumentsAsPairs,
     DocumentSource,
     ImagePairs,
-    PairDocuments,
+    PairsAsDocuments,
     join_pieces,
 )
 from mmtransformer.data.documents.interleaved import InterleavedFiles
@@ -649,15 +649,15 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_pairs_as_documents_and_documents_as_pairs() -> None:
     scenes = Scenes(image_size=32, train_size=5, phrasings=2)
-    source = PairDocuments(scenes)
+    source = PairsAsDocuments(scenes)
     assert isinstance(source, DocumentSource)
     split, pairs = source.split("train"), scenes.split("train")
     assert len(split) == 20
     texts = [caption for i in range(5) for caption in pairs.captions(i)]
     assert [split.document(i) for i in range(20)] == [Document(("", c.text), c.language) for c in texts]
     assert split.image(7, 0).tobytes() == pairs.image(1).tobytes()
-    assert len(PairDocuments(scenes, captions=1).split("train")) == 5
-    back = DocumentPairs(source)
+    assert len(PairsAsDocuments(scenes, max_captions=1).split("train")) == 5
+    back = DocumentsAsPairs(source)
     assert isinstance(back, PairSource)
     again = back.split("train")
     assert isinstance(again, Pairs)
@@ -665,7 +665,7 @@ def test_pairs_as_documents_and_documents_as_pairs() -> None:
     assert again.name(7) == f"{split.name(7)}[1]"
     assert again.image(7).tobytes() == pairs.image(1).tobytes()
     with pytest.raises(ValueError, match="captions must be at least 1, got 0"):
-        PairDocuments(scenes, captions=0)
+        PairsAsDocuments(scenes, max_captions=0)
 
 
 def test_a_image_without_a_text_is_no_pair() -> None:
@@ -713,7 +713,7 @@ def fit(folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int =
     documents = DocumentMixture(
         {
             "documents": FakeSource(train=Fake(some_documents(19)), val=Fake(some_documents(5, 1))),
-            "pairs": PairDocuments(scenes),
+            "pairs": PairsAsDocuments(scenes),
         },
         {"documents": 2.0, "pairs": 1.0},
         epoch_size=17,

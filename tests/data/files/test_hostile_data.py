@@ -17,8 +17,8 @@ from PIL import Image
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import TarShards
-from mmtransformer.data.opening import open_pairs
-from mmtransformer.data.scenes.parallel_texts import ParallelTable
+from mmtransformer.data.open_sources import open_pairs
+from mmtransformer.data.parallel_texts import ParallelTable
 from mmtransformer.images import ImageError
 
 

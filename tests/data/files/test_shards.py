@@ -22,7 +22,7 @@ from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.mixture import Mixture
-from mmtransformer.data.opening import are_documents, are_shards, open_pairs
+from mmtransformer.data.open_sources import are_documents, are_shards, open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
 from support.sources import TRANSFORM, batches_of, make, same, tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.text.conversation import turns_of
 from support.pair_files import colour, png
 

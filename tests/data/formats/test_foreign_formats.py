@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmtransformer.data.check import check
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.text.conversation import turns_of
 

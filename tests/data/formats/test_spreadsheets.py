@@ -16,7 +16,7 @@ from mmtransformer.data.files.shards import ShardError, TarShards
 from mmtransformer.data.files.tables import read_table
 from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS
 from mmtransformer.data.image_files import ImageFiles
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
 from support.pair_files import colour, draw, png
 

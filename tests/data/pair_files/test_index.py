@@ -18,7 +18,7 @@ from mmtransformer.data.files import archives
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import TooManyErrors
-from mmtransformer.data.opening import InterleavedPairs, open_pairs
+from mmtransformer.data.open_sources import InterleavedPairs, open_pairs
 from mmtransformer.data.pair_files import index
 from mmtransformer.data.pairs import PairFiles, PairSplit
 from mmtransformer.images import ImageError

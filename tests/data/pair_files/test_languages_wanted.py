@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
 
 

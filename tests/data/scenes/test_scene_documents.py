@@ -104,8 +104,8 @@ def test_questions_and_examples_are_pairs() -> None:
     [
         ({"image_size": 16}, "image_size must be at least 32 px, got 16"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),
-        ({"images": (3, 2)}, r"images must be the fewest .* got \(3, 2\)"),
-        ({"images": (0, 2)}, r"got \(0, 2\)"),
+        ({"num_images": (3, 2)}, r"num_images must be the fewest .* got \(3, 2\)"),
+        ({"num_images": (0, 2)}, r"got \(0, 2\)"),
         ({"openings": 2}, "openings is a share, from 0 to 1, got 2"),
         ({"aspects": ("smell",)}, r"aspects must be different ones of description, color, .* got \['smell'\]"),
         ({"languages": ("en", "en")}, "languages must be different ones of en, ko"),

@@ -99,7 +99,7 @@ def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest
     assert np.abs(np.sort(mine.similarity.ravel()) - np.sort(near.ravel())).max() < 1e-5
     assert metrics["retrieval"]["val"]["en"]["itc"] == recall_at_k(near, owner)
     with pytest.raises(ValueError, match="a CLIP cannot"):
-        evaluate_retrieval(task.model, data, ["val"], rerank=3)
+        evaluate_retrieval(task.model, data, ["val"], num_rerank=3)
 
 
 def test_a_sheet_of_few_pictures_shows_each_search_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
 
 def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> list[Tensor]:
     """What the optimizer gets to see at its first step."""
-    module = QFormerStage1(model().double(), optim=OptimConfig(warmup_steps=0), match_texts=1)
+    module = QFormerStage1(model().double(), optim=OptimConfig(warmup_steps=0), num_match_texts=1)
     seen: list[Tensor] = []
 
     class Look(pl.Callback):
@@ -111,7 +111,7 @@ def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     parts = []
     for micro, b in enumerate((first, second)):
         seed = int(hash64(0, 0, micro)) >> 2
-        parts.append(m(b, label_smoothing=0.1, itc_smoothing=0.1, seed=seed, match_texts=1).loss)
+        parts.append(m(b, label_smoothing=0.1, itc_smoothing=0.1, seed=seed, num_match_texts=1).loss)
     (sum(parts) / 2).backward()  # type: ignore[operator]
     expected = [p.grad for p in m.parameters() if p.grad is not None]
     assert len(found) == len(expected) > 20
@@ -171,7 +171,7 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = scenes(captions_per_image=2), trainer(tmp_path, limit_val_batches=1, callbacks=[])
-    module = QFormerStage1(model(), rerank=2, generation=GenerationConfig(num_beams=1, max_new_tokens=5))
+    module = QFormerStage1(model(), num_rerank=2, generation=GenerationConfig(num_beams=1, max_new_tokens=5))
     run.fit(module, datamodule=data)
     module.finish(Run(tmp_path, 1.0, torch.device("cpu"), 1))
     metrics = run.callback_metrics
@@ -217,7 +217,7 @@ def test_recall_is_that_of_all_pairs() -> None:
     for parameter in m.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     flags = [part.training for part in m.modules()]
-    found = evaluate_retrieval(m, data, ["val"], rerank=2, text_batch=7).splits["val"]["ko"]
+    found = evaluate_retrieval(m, data, ["val"], num_rerank=2, text_batch=7).splits["val"]["ko"]
     assert [part.training for part in m.modules()] == flags
     m.eval()
     pairs = data.pairs("val")
@@ -337,14 +337,14 @@ def test_a_caption_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"itc_smoothing": 1.0}, r"itc_smoothing \(1.0\)"), ({"rerank": -1}, r"rerank \(-1\) must be at least 0")],
+    [({"itc_smoothing": 1.0}, r"itc_smoothing \(1.0\)"), ({"num_rerank": -1}, r"num_rerank \(-1\) must be at least 0")],
 )
 def test_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QFormerStage1(model(), **change)
     given = next(iter(scenes(captions_per_image=2).loader("train")))
-    with pytest.raises(ValueError, match=r"match_texts \(3\) must be from 1 to the 2 texts of an image"):
-        model()(given, match_texts=3)
+    with pytest.raises(ValueError, match=r"num_match_texts \(3\) must be from 1 to the 2 texts of an image"):
+        model()(given, num_match_texts=3)
 
 
 def test_stage_2_says_what_does_not_fit(tmp_path: Path) -> None:

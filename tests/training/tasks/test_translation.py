@@ -13,11 +13,11 @@ import torch
 from mmtransformer import Seq2SeqBatch, Tokenizer, Transformer, Translator
 from mmtransformer.cli import main
 from mmtransformer.data.loading.sampler import SampleIndex
+from mmtransformer.data.parallel_texts import Parallel, ParallelTable, SceneTranslations, plain_caption
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.meaning import Facts
-from mmtransformer.data.scenes.parallel_texts import Parallel, ParallelTable, SceneTranslations, plain_caption
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.data.translation import PairCollate, TranslationData, TranslationRows
+from mmtransformer.data.translation import TranslationCollate, TranslationData, TranslationRows
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training import OptimConfig, Translation
 from mmtransformer.training.engine.optim import noam_peak
@@ -176,7 +176,7 @@ def test_an_epoch_has_every_pair_once_and_fillers_do_not_count() -> None:
     names = [name for batch in loader for name in batch.names]
     assert sorted(names) == sorted(f"{pair.name} {pair.direction}" for pair in module.rows("train").pairs)
     rows = module.rows("val")
-    batch = PairCollate(module.tokenizer)([rows[SampleIndex(0, 3)], rows[SampleIndex(0, 4, False)]])
+    batch = TranslationCollate(module.tokenizer)([rows[SampleIndex(0, 3)], rows[SampleIndex(0, 4, False)]])
     assert batch.loss_mask[0].any()
     assert not batch.loss_mask[1].any()
 

@@ -11,7 +11,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from mmtransformer import (
     CaptionBatch,
-    ExtendedVocabulary,
+    ExtendedDecoder,
     Flamingo,
     GatedBlockConfig,
     PerceiverResampler,
@@ -131,7 +131,7 @@ def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
     torch.testing.assert_close(
         from_idefics(theirs, visible_images="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
     )
-    assert isinstance(ours.decoder, ExtendedVocabulary) == bool(options.get("additional_vocab_size"))
+    assert isinstance(ours.decoder, ExtendedDecoder) == bool(options.get("additional_vocab_size"))
     _, back = to_idefics(ours)
     state = theirs.state_dict()
     assert set(back) == set(state)
@@ -203,7 +203,7 @@ def test_a_flamingo_that_idefics_cannot_be_is_refused(tmp_path: Path) -> None:
         save_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))
-    assert isinstance(ours.decoder, ExtendedVocabulary)
+    assert isinstance(ours.decoder, ExtendedDecoder)
     ours.decoder.first = 50
     with pytest.raises(ValueError, match="first new token=50"):
         to_idefics(ours)

@@ -169,7 +169,7 @@ def test_refused(tmp_path: Path) -> None:
 
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=61)
     tower, plain = ViT(16, 8, 12, 2, 2), ViT(16, 8, 12, 2, 2, class_token=False, pool="mean")
-    linear, mlp = LinearProjector(12, 24, pixel_shuffle=2, bias=False), MLPProjector(12, 24, pre_norm=False)
+    linear, mlp = LinearProjector(12, 24, pixel_shuffle=2, bias=False), MLPProjector(12, 24, input_norm=False)
     for model, said in (
         (Llava(plain, mlp, decoder, IMAGE), "has a LinearProjector, not a MLPProjector"),
         (Llava(plain, linear, decoder, IMAGE, vision_feature_layers=(-1,)), r"vision_feature_layers=\(-1,\)"),

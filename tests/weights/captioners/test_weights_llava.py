@@ -295,7 +295,7 @@ def test_several_pictures_of_a_prompt_are_one_tile_each_in_onevision(tmp_path: P
 
 def small(**options: Any) -> Llava:
     vision = ViT(16, 8, 12, 2, 2)
-    projector = options.pop("projector", None) or MLPProjector(12, 24, pre_norm=False)
+    projector = options.pop("projector", None) or MLPProjector(12, 24, input_norm=False)
     return Llava(vision, projector, TextDecoder(VOCAB, 24, 2, 4, max_len=61), IMAGE, **options)
 
 
@@ -321,8 +321,8 @@ def test_refused(tmp_path: Path) -> None:
     for options, said in (
         ({"vision_feature_layers": None}, "reads tokens before the last norm"),
         ({"projector": LinearProjector(12, 24)}, "has an MLPProjector"),
-        ({"projector": MLPProjector(12, 24)}, "projector.pre_norm=True"),
-        ({"projector": MLPProjector(12, 24, 25, pre_norm=False)}, "projector.hidden_dim=25"),
+        ({"projector": MLPProjector(12, 24)}, "projector.input_norm=True"),
+        ({"projector": MLPProjector(12, 24, 25, input_norm=False)}, "projector.hidden_dim=25"),
     ):
         with pytest.raises(ValueError, match=said):
             save_llava(small(**options), tmp_path / "none")

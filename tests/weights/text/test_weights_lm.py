@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtransformer import (
     AttentionConfig,
     Decoder,
-    ExtendedVocabulary,
+    ExtendedDecoder,
     MLPConfig,
     NormConfig,
     PositionConfig,
@@ -264,7 +264,7 @@ def test_recipes_build_an_extended_language_model_and_its_tokenizer(tmp_path: Pa
         "tokenizer": {"class_path": "mmtransformer.weights.load_tokenizer", "init_args": languages},
     }
     built = parser.instantiate(parser.parse_object(given))
-    assert isinstance(built.decoder, ExtendedVocabulary)
+    assert isinstance(built.decoder, ExtendedDecoder)
     assert built.decoder.vocab_size == built.tokenizer.vocab_size == tokenizer.vocab_size + 2
     same(built.decoder.decoder, decoder)
     assert built.tokenizer.prompt("ko") == [1, tokenizer.vocab_size + 1]

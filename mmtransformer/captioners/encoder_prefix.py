@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq
-from mmtransformer.backbones.seq2seq import Source, Transformer, TransformerState
+from mmtransformer.backbones.seq2seq import EncodedSource, Transformer, TransformerState
 from mmtransformer.batch import CaptionBatch
-from mmtransformer.captioners.soft_prompt import join_images
+from mmtransformer.captioners.decoder_prefix import join_images
 
 SourceReader = Transformer | HubSeq2Seq
 """An encoder-decoder: it reads a source, and writes a target."""
@@ -77,7 +77,7 @@ def prefill_with_source_prefix(
     return repeat_rows(logits, TransformerState(state, source), expand_size)
 
 
-def _source(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Source:
+def _source(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> EncodedSource:
     tokens, attention_mask = prompt_of(batch, begin=False)
     images, real = join_images(prefix_embeds, batch)
     return model.encode(tokens, attention_mask=attention_mask, prefix_embeds=images, prefix_attention_mask=real)

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from mmtransformer.data.documents.document_records import holds_documents
-from mmtransformer.data.documents.documents import DocumentPairs
+from mmtransformer.data.documents.documents import DocumentsAsPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.files.archives import Selection
 from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
@@ -38,7 +38,7 @@ _FILES = (*SUFFIXES, *ARCHIVES, *COMPRESSED)  # what ends so is a file that is m
 _PEEK = 64  # members that tell what a tar is
 
 
-class InterleavedPairs(DocumentPairs):
+class InterleavedPairs(DocumentsAsPairs):
     """Interleaved files as pairs, with what was found in them and what was wrong."""
 
     source: InterleavedFiles

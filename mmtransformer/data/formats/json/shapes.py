@@ -8,7 +8,7 @@ from mmtransformer.data.files.columns import find_columns, image_columns, looks_
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.text import split_word
-from mmtransformer.data.formats.conversations import NoCaption, as_records, laid_open
+from mmtransformer.data.formats.json.conversations import NoCaption, as_records, laid_open
 
 _SOME = 20  # records that tell
 _DEEP = 4  # keys below each other

@@ -8,7 +8,7 @@ from mmtransformer.data.files.columns import Columns, find_columns, image_column
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, bad_row, make_row
 from mmtransformer.data.files.text import SPLITS
-from mmtransformer.data.formats.conversations import NoCaption, as_records, laid_open
+from mmtransformer.data.formats.json.conversations import NoCaption, as_records, laid_open
 
 
 def read_records(
