@@ -163,6 +163,8 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
             ) from error
         left = restrict_vocabulary(model, filter(str.strip, texts))
         say(f"{left:,} of {model.tokenizer.vocab_size:,} tokens are left to write", file=sys.stderr)
+    if args.language is None and len(known := model.tokenizer.languages) > 1:
+        say(f"captions are in {known[0]}; --language says another ({', '.join(known[1:])})", file=sys.stderr)
     own = None if model.processor is None else model.processor.prompt
     if own and args.prompt is None and args.examples is None:
         say(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)

@@ -226,13 +226,36 @@ def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(
     assert code == 0
     assert "--language de" in out.splitlines()[-1]
     after = ImageCaptioner.from_pretrained("runs/finetune_pairs/model", device="cpu")
-    assert after.tokenizer.languages == ("en", "ko", "de")
+    assert after.tokenizer.languages == ("de", "en", "ko")
     assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 1
     assert after.model.vocab_size >= after.tokenizer.vocab_size
     code, out, _ = mmt(
         capsys, "caption", str(german / "p0.png"), "--model", "runs/finetune_pairs/model", "--language", "de"
     )
     assert code == 0
+
+
+def test_a_model_trained_on_in_one_language_captions_in_that_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("사진").mkdir()
+    for i in range(7):
+        shutil.copy(pairs / f"p{i}.png", "사진")
+        Path(f"사진/p{i}.txt").write_text(f"빨간 별 {i}", "utf-8")
+    code, _, err = mmt(capsys, "caption", "사진/p0.png", "--model", str(model), "--json")
+    assert (code, err) == (0, "captions are in en; --language says another (ko)\n")
+    assert mmt(capsys, *FINETUNE, "--data.source=사진", f"--model.init={model}")[0] == 0
+    code, out, err = mmt(capsys, "caption", "사진/p0.png", "--model", "runs/finetune_pairs/model", "--json")
+    assert (code, err, json.loads(out)["captions"][0]["language"]) == (
+        0,
+        "captions are in ko; --language says another (en)\n",
+        "ko",
+    )
+    captioner = ImageCaptioner.from_pretrained("runs/finetune_pairs/model", device="cpu")
+    assert captioner("사진/p0.png")[0][0].language == "ko"
+    captioner.save_pretrained("again")
+    assert ImageCaptioner.from_pretrained("again", device="cpu")("사진/p0.png")[0][0].language == "ko"
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -178,12 +178,14 @@ def test_bad_pictures_alone_are_named_and_counted_too(
     Path("list.txt").write_text("some/1bad.png\n")
     with zipfile.ZipFile("some.zip", "w") as zipped:
         zipped.write("some/1bad.png", "1bad.png")
-    code, out, err = mmt(capsys, "caption", *words.split(), "--model", model)
+    code, out, err = mmt(capsys, "caption", *words.split(), "--model", model, "--language", "en")
     count = len(words.split())
     assert (code, out, err.splitlines()[-1]) == (1, "", f"0 pictures captioned; {count} could not be used"), err
     assert err.count("1bad.png: ") == 1
     assert err.startswith("mmt caption: ")
-    code, _, err = mmt(capsys, "caption", "some/1bad.png", "--model", model)  # the one that was named itself
+    code, _, err = mmt(
+        capsys, "caption", "some/1bad.png", "--model", model, "--language", "en"
+    )  # the one that was named itself
     assert (code, err.startswith("mmt caption: error: some/1bad.png: "), err.count("\n")) == (2, True, 1)
 
 
@@ -231,7 +233,18 @@ def test_a_stopped_call_says_how_far_it_came_and_what_goes_on(
     out: str, more: list[str], way: str, number: int, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, model: str, photos: Path,
 ) -> None:  # fmt: skip
-    words = ["caption", "photos", "--model", model, "--batch-size", "1", *more, *(["--out", out] if out else [])]
+    words = [
+        "caption",
+        "photos",
+        "--model",
+        model,
+        "--language",
+        "en",
+        "--batch-size",
+        "1",
+        *more,
+        *(["--out", out] if out else []),
+    ]
     image = ImageFiles.image
     before = signal.getsignal(signal.SIGTERM)
 
