@@ -92,7 +92,7 @@ def _claimed(config: Mapping[str, Any], files: Iterable[str]) -> Chosen:
     for split, path in _patterns(listed):
         for file in files:
             if file not in found and _fits(f"{base}/{path}", file):
-                found[file] = SPLITS.get(split.casefold(), split)
+                found[file] = split_word(split) or split
     return found
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from mmtransformer.data.files.normalize import normalize_splits
 from mmtransformer.data.files.text import LANGUAGES as CODE_OF
-from mmtransformer.data.files.text import SPLITS, is_missing, normalize_text
+from mmtransformer.data.files.text import is_missing, normalize_text, split_word
 from mmtransformer.data.scenes.grammar import LANGUAGES
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import Scene
@@ -160,7 +160,7 @@ class ParallelTable:
                 continue
             keys.append("\n".join(texts.values()))
             split = row.get("split", "").strip()
-            said.append(SPLITS.get(split.casefold(), split) or None)
+            said.append(split_word(split) or split or None)
             found.append([Parallel(f"row {number}", texts[a], a, texts[b], b) for a, b in pairs])
         members, _ = normalize_splits(keys, said, val_fraction, "rows")
         self._splits = {name: [pair for i in some for pair in found[i]] for name, some in members.items()}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.text import CODES, LANGUAGES
+from mmtransformer.data.files.text import CODES, LANGUAGES, SPLITS
 
 IMAGE = (
     "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
@@ -43,6 +43,11 @@ ANSWER = (
 )  # fmt: skip
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
+SPLIT_LIKE = (
+    "set", "fold", "phase", "mode", "usage", "type", "group", "dataset", "data_split", "dataset_split", "split_name",
+    "구분", "데이터구분", "데이터_구분", "데이터셋", "데이터세트", "세트", "용도",
+)  # fmt: skip
+"""Where none is called so: a column all of whose first cells name splits, called like this, or with several."""
 TURNS = (("prefix", "suffix"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))
 """What is asked and what is answered, in tables that have nothing else to say of a picture."""
 FOLDER = ("folder", "folder_name", "foldername", "subfolder", "폴더", "폴더명", "폴더이름", "폴더_이름")
@@ -121,7 +126,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
             "Name it: --data.read.text_column ..."
         )
     assert image is not None
-    language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT)
+    language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT) or _split_like(names, some)
     return Columns(image, captions, language, split, question, first(FOLDER) if wanted.image is None else None)
 
 
@@ -134,6 +139,15 @@ def _by_cells(names: Sequence[str], some: Sequence[Mapping[str, Any]], named: st
     files = [name for name in ending if not any("://" in cell for cell in cells[name])]
     best = files or ([] if named else ending)
     return best[0] if len(best) == 1 else named
+
+
+def _split_like(names: Sequence[str], some: Sequence[Mapping[str, Any]]) -> str | None:
+    """The column that says splits, by its cells; see `SPLIT_LIKE`."""
+    for name in names:
+        found = {SPLITS.get(str(cell).strip().casefold()) for row in some if (cell := row.get(name)) not in (None, "")}
+        if found and None not in found and (len(found) > 1 or key_of(name) in SPLIT_LIKE):
+            return name
+    return None
 
 
 def _called_like(names: Sequence[str]) -> tuple[tuple[str, str | None], ...]:

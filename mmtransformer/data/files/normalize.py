@@ -95,7 +95,7 @@ def folder_splits(paths: Sequence[str]) -> list[str | None]:
 
 def _split_of(folder: str) -> str | None:
     """The split that a folder, or an archive, is called like: train, train2014, 1.Training, val.zip."""
-    word = re.sub(r"\.(zip|tar)$", "", folder.casefold())
+    word = re.sub(r"\.(zip|tar)$|\s", "", folder.casefold())
     return SPLITS.get(re.sub(r"^[\d\W_]+|[\d\W_]+$", "", word))
 
 

@@ -23,10 +23,15 @@ CODES = frozenset(
 )
 SPLITS = {
     "train": "train", "training": "train", "trn": "train", "restval": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test", "tst": "test",
-    "학습": "train", "훈련": "train", "검증": "val", "평가": "test", "시험": "test",
+    "학습": "train", "훈련": "train", "트레이닝": "train", "트레인": "train", "검증": "val", "밸리데이션": "val",
+    "벨리데이션": "val", "평가": "test", "시험": "test", "테스트": "test",
+    "训练": "train", "訓練": "train", "学習": "train", "验证": "val", "驗證": "val", "検証": "val",
+    "测试": "test", "測試": "test", "評価": "test", "テスト": "test",
 }  # fmt: skip
+_BEHIND = ("용", "셋", "세트", "데이터", "데이터셋", "用", "集", "データ", "セット")  # 학습용, 训练集
+SPLITS |= {name + end: split for name, split in SPLITS.items() if not name.isascii() for end in _BEHIND}
 
 
 CONTROLS = "control characters in texts, such as NUL, taken out"
@@ -148,7 +153,7 @@ def is_korean(text: str) -> bool:
 
 def split_word(name: str) -> str | None:
     """The split that a file or folder name says, such as "captions_train2017.json": train; None if it says none."""
-    found = {SPLITS[word] for word in re.findall("[a-z가-힣]+", name.casefold()) if word in SPLITS}
+    found = {SPLITS[word] for word in re.findall("[a-z가-힣぀-ヿ一-鿿]+", name.casefold()) if word in SPLITS}
     return found.pop() if len(found) == 1 else None
 
 

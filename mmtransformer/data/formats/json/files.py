@@ -7,7 +7,7 @@ from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.columns import Columns, find_columns, image_columns
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, bad_row, make_row
-from mmtransformer.data.files.text import SPLITS
+from mmtransformer.data.files.text import split_word
 from mmtransformer.data.formats.json.conversations import NoCaption, as_records, laid_open
 
 
@@ -61,7 +61,7 @@ def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: st
     captions = [caption for value, of in said for caption in read_captions(value, None, of, errors, notes)]
     if not captions and not errors:
         errors.append(("no caption", name))
-    split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
+    split = split_word(split) or split if isinstance(split, str) else None
     return ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))
 
 
