@@ -104,8 +104,9 @@ class ManyImages:
         from mmtransformer.pipelines.caption_files import write_bad
 
         out, images, bad = self.out, self.images, self.bad
+        there = {name: error for name, error in bad.items() if not (out and images.is_gone(name))}
         if out:
-            write_bad(out.bad_list, map(images.name, range(len(images))), bad)
+            write_bad(out.bad_list, map(images.name, range(len(images))), there)
         if self._alone and bad:
             raise ValueError(*bad.values())
         parts = [f"{counted(len(self.todo) - len(bad), 'picture')} {done}" + (f" in {out.where}" if out else "")]
@@ -116,9 +117,11 @@ class ManyImages:
             parts.append(f"{len(already):,} had {what} there already ({how})")
         if images.others:
             parts.append(f"{counted(images.others, 'other file')} left alone")
-        if bad:
+        if there:
             listed = f": {out.bad_list} names them (`{self._again(out)}` tries them again)" if out else ""
-            parts.append(f"{len(bad):,} could not be used{listed}")
+            parts.append(f"{len(there):,} could not be used{listed}")
+        if gone := len(bad) - len(there):
+            parts.append(f"{counted(gone, 'path')} without a file, in no list")
         if len(images) > 1 or out or bad:
             say("; ".join(parts), file=sys.stderr)
         return 1 if bad else 0

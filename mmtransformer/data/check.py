@@ -262,7 +262,9 @@ def _remedy(cause: str, first: Sequence[str]) -> str:
     """What to do about the errors of a manifest, with the option that does it."""
     if cause == "not UTF-8":
         guess = next((found[1] for said in first if (found := re.search(r"--encoding (\S+)", said))), "cp949")
-        return f"read them with --encoding {guess} (data.read.encoding), or save the file as UTF-8"
+        return (
+            f"read them with --encoding {guess} (in `mmt fit`: --data.read.encoding {guess}), or save the file as UTF-8"
+        )
     if cause == "refused path" and "nothing is downloaded" in first[0]:
         return "download the pictures, as img2dataset does, and give the folder that it writes"
     if cause == "refused path" and "base64" in first[0]:

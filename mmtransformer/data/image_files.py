@@ -53,6 +53,10 @@ class ImageFiles:
         """The name of picture i: its path as it was given, or below the folder or archive that was."""
         return self._names[i]
 
+    def is_gone(self, name: str) -> bool:
+        """Whether a picture is named by a path at which there is no file."""
+        return self._found[name] is None and not os.path.lexists(name)
+
     def inner_name(self, i: int) -> str:
         """The path of picture i below the folder or archive that was given; of a file that was given, its name."""
         place = self._found[self._names[i]]

@@ -1,13 +1,11 @@
 """Image file to RGB.
 
-`load` takes files from anywhere and either gives the picture as a person would see it or raises an
-`ImageError` that names the file, the fault and the remedy; it never gives a wrong picture and never hangs.
-What it knows and most loaders do not: orientation tags are applied, alpha is laid on white, 16-bit grey is
-scaled and not clipped (the rule stands at `_grey_to_rgb`), checksums are verified, copies that stopped are
-found, sizes are looked at before anything is decoded, pipes and devices are refused. Colour profiles are not
-applied, as no training set of the field applies them.
-
-Pillow's global settings are neither changed nor needed, so threads may load side by side.
+`load` takes files from anywhere and either gives the picture as a person would see it or raises an `ImageError` that
+names the file, the fault and the remedy; it never gives a wrong picture and never hangs. What it knows and most loaders
+do not: orientation tags are applied, alpha is laid on white, 16-bit grey is scaled and not clipped (the rule stands at
+`_grey_to_rgb`), checksums are verified, copies that stopped are found, sizes are looked at before anything is decoded,
+pipes and devices are refused. Colour profiles are not applied, as no training set of the field applies them. Pillow's
+global settings are neither changed nor needed, so threads may load side by side.
 """
 
 import io
@@ -187,6 +185,8 @@ def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: in
     else:
         called = name or " ".join(repr(source).split())[:60]
         way = "; PIL.Image.fromarray makes a picture of (height, width, 3) RGB bytes" * hasattr(source, "__array__")
+        if hasattr(source, "permute"):  # a tensor of torch
+            way = "; torchvision's to_pil_image makes a picture of (3, height, width)"
         raise ImageError(f"{called}: a {type(source).__name__} is not a path, bytes or binary file{way}")
     if len(data) > max_bytes:
         raise ImageError(f"{name}: more than {max_bytes:,} bytes, too large for a picture; make it smaller")

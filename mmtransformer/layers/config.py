@@ -10,6 +10,9 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 Kind = TypeVar("Kind", bound=type)
 
+_ELSEWHERE = {"max_length": "max_new_tokens", "min_length": "min_new_tokens", "beams": "num_beams", "lang": "language"}
+"""What settings are called elsewhere -> here, or in the call that they are given to."""
+
 
 def check_sizes(least: int = 1, **sizes: int | None) -> None:
     """Refuses what is no size of a model: fractions, texts, and numbers below the least; None is none.
@@ -53,6 +56,8 @@ def known_fields(kind: Kind) -> Kind:
                 import difflib
 
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                if (other := _ELSEWHERE.get(name)) and ("max_new_tokens" in known or other in known):
+                    near = [other]
                 hint = f'; did you mean "{near[0]}"?' if near else f": it has {', '.join(known)}"
                 raise TypeError(f'{kind.__name__} has no "{name}"{hint}')
         init(self, *args, **given)

@@ -165,3 +165,35 @@ def test_scores_that_are_refused_leave_their_captions(capsys: pytest.CaptureFixt
         assert (code, Path("said.jsonl").read_bytes()) == (2, before)
     assert mmt(capsys, *words, "--overwrite", "--num-beams", "2")[0] == 0
     assert len(Path("said.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+def test_a_path_without_a_file_is_told_once_and_stays_in_no_list(
+    capsys: pytest.CaptureFixture[str], saved: Path
+) -> None:
+    options = ["--model", str(saved / "caption"), "--out", "c.jsonl"]
+    Path("photos/1.png").write_bytes(b"broken")
+    code, _, err = mmt(capsys, "caption", "photos/0.png", "photos/1.png", "photos/typo.png", *options)
+    assert (code, "1 could not be used: bad_images_c.txt names them" in err) == (1, True)
+    assert err.endswith("; 1 path without a file, in no list\n")
+    assert Path("bad_images_c.txt").read_text().splitlines()[1::2] == ["photos/1.png"]
+    Path("photos/1.png").unlink()
+    code, _, err = mmt(capsys, "caption", "@bad_images_c.txt", *options)
+    assert (code, "photos/1.png: " in err, "1 path without a file" in err) == (1, True, True)
+    assert not Path("bad_images_c.txt").exists()
+    code, _, err = mmt(capsys, "caption", "photos", *options)
+    assert (code, "3 pictures captioned" in err) == (0, True), err
+
+
+def test_what_options_are_called_elsewhere_is_hinted_at(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    model = str(saved / "caption")
+    captioner = ImageCaptioner.from_pretrained(model, device="cpu")
+    for name, mine in (("max_length", "max_new_tokens"), ("lang", "language"), ("beams", "num_beams")):
+        with pytest.raises(TypeError, match=f'has no "{name}"; did you mean "{mine}"'):
+            captioner(PICTURES[0], **{name: 5})
+    for command, word, mine in (
+        ("caption", "--max-length", "--max-new-tokens"),
+        ("caption", "--lang", "--language"),
+        ("check", "--max-length", "--max-len"),
+    ):
+        _, _, err = mmt(capsys, command, "photos", *(["--model", model] * (command == "caption")), word, "5")
+        assert f'did you mean "{mine}"' in err

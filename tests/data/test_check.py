@@ -148,7 +148,11 @@ def test_every_error_of_a_row_has_its_remedy_beside_it(tmp_path: Path) -> None:
     said = str(report)
     assert not report.hurts
     for what, count, remedy in (
-        ("not UTF-8", 2, "read them with --encoding cp949 (data.read.encoding), or save the file as UTF-8"),
+        (
+            "not UTF-8",
+            2,
+            "read them with --encoding cp949 (in `mmt fit`: --data.read.encoding cp949), or save the file as UTF-8",
+        ),
         ("empty caption", 1, "write captions, or take the rows out"),
         ("missing picture", 1, "--image-folder FOLDER"),
         ("no picture named", 1, "--image-column NAME"),

@@ -213,6 +213,8 @@ def test_an_iterator_is_pointed_to_what_takes_one() -> None:
     assert len(model(dict(enumerate(images())).values())) == len(images())  # pyright: ignore
     with pytest.raises(ValueError, match=r"fromarray makes a picture"):
         model(np.zeros((4, 4, 3), np.uint8))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"to_pil_image makes a picture of \(3, height, width\)"):
+        model(torch.zeros(3, 8, 8))  # pyright: ignore
 
 
 def test_paths_come_in_any_collection(tmp_path: Path) -> None:

@@ -11,21 +11,22 @@ OTHER_NAMES = {
     "learning_rate": "lr", "batch": "batch_size", "per_device_train_batch_size": "batch_size", "wd": "weight_decay",
     "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
     "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
-    "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
+    "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len max_new_tokens",
     "image": "transform", "cross_layer_interval": "cross_attn_every_n_layers",
     "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
     "ema": "ema_decay", "language": "default_language", "cross_dim": "context_dim", "visual_dim": "context_dim",
     "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
     "--index": "--images", "mlp": "activation", "max_len": "row_len",
+    "--max-length": "--max-new-tokens --max-len", "--lang": "--language --default-language",
 }  # fmt: skip
-"""What settings are called elsewhere -> here."""
+"""What settings are called elsewhere -> here; of several names the first that there is."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "fit"?`, or nothing if nothing is close."""
     known = list(known)
     front, _, last = word.rpartition(".")
-    if other := OTHER_NAMES.get(last):
+    for other in OTHER_NAMES.get(last, "").split():
         mine = [key for key in known if key.rpartition(".")[2] == other]
         if mine:
             beside = f"{front}.{other}"

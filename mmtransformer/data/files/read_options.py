@@ -66,7 +66,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.encoding is not None:
             try:
-                codecs.lookup(self.encoding)
+                if codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig"):  # what is read unless told
+                    object.__setattr__(self, "encoding", None)
             except LookupError:
                 raise ValueError(
                     f"encoding ({self.encoding}) is unknown; known are utf-16, cp949, latin-1, ..."
