@@ -20,7 +20,6 @@ from mmtransformer.captioners.coca import CoCa
 from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
-from mmtransformer.data.loading.source import Pairs
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.guidance import blank_images
@@ -178,7 +177,7 @@ class Captioning(Task):
         merge_lora(self.captioner)
         model = ImageCaptioner(
             self.captioner,
-            _most_trained_first(data.tokenizer, data.pairs(data.train_split)),
+            _most_trained_first(data),
             data.transform,
             generation=self.generation,
             device=run.device,
@@ -338,16 +337,19 @@ def _add_languages(saved: ImageCaptioner, languages: Sequence[str]) -> None:
     saved.tokenizer = more
 
 
-def _most_trained_first(tokenizer: Tokenizer, pairs: Pairs) -> Tokenizer:
+def _most_trained_first(data: CaptionData) -> Tokenizer:
     """The tokenizer with the language first that captions are written in unless one is asked for.
 
     That is the first that it knows, of those with at least half as many captions to train on as the most frequent one.
     """
+    known = data.tokenizer.languages
+    if len(known) < 2 or data.train_split not in data.source.splits():  # what scores interleaved data may have none
+        return data.tokenizer
+    pairs = data.source.split(data.train_split)
     some = range(0, len(pairs), max(1, len(pairs) // 10_000))
     counts = Counter(caption.language for i in some for caption in pairs.captions(i))
-    known = tokenizer.languages
-    most = max((counts[code] for code in known), default=0)
-    found = copy.copy(tokenizer)
+    most = max(counts[code] for code in known)
+    found = copy.copy(data.tokenizer)
     found.languages = tuple(sorted(known, key=lambda code: code != next(c for c in known if 2 * counts[c] >= most)))
     return found
 

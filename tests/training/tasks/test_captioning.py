@@ -2,6 +2,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,12 +10,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.base import caption_loss
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.features import FeatureCacheConfig
 from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
@@ -23,6 +25,7 @@ from mmtransformer.training import Captioning, NonFiniteError, Progress, SampleP
 from mmtransformer.training.callbacks.progress import clock
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.evaluation import evaluation as evaluation_module
+from mmtransformer.training.tasks.captioning import _most_trained_first
 
 VOCAB = 300
 
@@ -320,3 +323,41 @@ def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.C
 
 def test_clock() -> None:
     assert [clock(s) for s in (4.6, 245, 3600)] == ["0:05", "4:05", "1:00:00"]
+
+
+class Said:
+    """Captions in languages, without pictures."""
+
+    def __init__(self, split: str, *counts: tuple[str, int]) -> None:
+        self.split_name, self.codes = split, [code for code, count in counts for _ in range(count)]
+
+    def splits(self) -> list[str]:
+        return [self.split_name]
+
+    def split(self, name: str) -> "Said":
+        assert name == self.split_name
+        return self
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def captions(self, i: int) -> list[Caption]:
+        return [Caption("a dog", self.codes[i])]
+
+
+@pytest.mark.parametrize(
+    ("source", "order"),
+    [
+        (Said("train", ("ko", 9)), ("ko", "en", "de")),
+        (Said("train", ("ko", 9), ("en", 4)), ("ko", "en", "de")),
+        (Said("train", ("ko", 9), ("en", 5)), ("en", "ko", "de")),
+        (Said("train", ("ko", 9), ("en", 9), ("de", 99)), ("de", "en", "ko")),
+        (Said("train", ("fr", 9)), ("en", "ko", "de")),
+        (Said("val", ("ko", 9)), ("en", "ko", "de")),  # as what scores interleaved data may be
+    ],
+)
+def test_the_language_that_most_was_trained_on_comes_first(source: Said, order: tuple[str, ...]) -> None:
+    tokenizer = Tokenizer.train(["a dog"], 300, ("en", "ko", "de"))
+    data: Any = SimpleNamespace(tokenizer=tokenizer, train_split="train", source=source)
+    assert _most_trained_first(data).languages == order
+    assert tokenizer.languages == ("en", "ko", "de")
