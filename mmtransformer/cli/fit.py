@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.guards.errors import cause_of, check_file, explain
+from mmtransformer.cli.guards.own_modules import look_here, with_imports
 from mmtransformer.cli.guards.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.cli.recipes import cap_sizes, check_whole, with_files, with_tower
 from mmtransformer.serialization.printable import counted, say
@@ -57,6 +58,7 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning (Captioning, CaptionData)
   --model.captioner.vision.help CLASS      the same of a part, behind --config RECIPE (ViT)
   --print_config                           the whole configuration, resolved
+  --import MODULE                          import a module of yours first, for a model.init with classes of it
   --debug                                  show the traceback of an error
 """
 
@@ -125,6 +127,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.engine.sharded import Sharded, number_format
     from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
+    words = with_imports(words)
     _quiet()
     set_up_process()  # Before a model of the user's computes anything, too.
 
@@ -157,6 +160,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             for file in config_files(args):
                 check_recipe(file)
             check_whole(config_files(args), args)
+            look_here("\n".join(args))
             try:
                 with checked_files():
                     self.config = parser.parse_args(args)
@@ -288,8 +292,9 @@ def fit(cli: "LightningCLI") -> None:
     Raises:
         ValueError: If another run is writing there, or one has been there and is not gone on with.
     """
-    from mmtransformer.training.engine.run import locked, refuse_begun
+    from mmtransformer.training.engine.run import locked, refuse_begun, refuse_unsaved_parts
 
+    refuse_unsaved_parts(cli.model)
     folder = Path(cli.trainer.default_root_dir)
     if not cli.trainer.is_global_zero:
         return _fit(cli, folder)

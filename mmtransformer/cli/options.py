@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mmtransformer.cli import COMMANDS
+from mmtransformer.cli.guards.own_modules import IMPORT_HELP, import_own
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.serialization.printable import printable
@@ -45,9 +46,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, printable(f"{self.prog}: error: {message}; see {self.prog} --help\n"))
 
 
+class _Import(argparse.Action):
+    """Imports what is named, before the model is read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import_own(values)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = False) -> None:
-    """Adds `--model` and `--device`; and `--precision`, where a model can be rounded."""
+    """Adds `--model`, `--import` and `--device`; and `--precision`, where a model can be rounded."""
     parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
+    parser.add_argument("--import", action=_Import, metavar="MODULE", help=IMPORT_HELP)
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
     if precision:
         kinds = ("fp32", "bf16", "int8", "auto")

@@ -56,9 +56,11 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
         ValueError: If the recipe's data has no batch_size.
     """
     from mmtransformer.training.callbacks.memory_estimate import cache_bytes, extended
+    from mmtransformer.training.engine.run import refuse_unsaved_parts
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
+        refuse_unsaved_parts(first.model)
         batch = getattr(first.datamodule, "batch_size", None)
         cached = getattr(first.datamodule, "cache_features", None)
         if not isinstance(batch, int):

@@ -14,8 +14,9 @@ class Connector(Pretrained, nn.Module, ABC):
     Where tokens stand amid the text, a `projector` of a grid of patches (`MLPProjector`, `LinearProjector`) takes its
     place (`Llava`, `PaliGemma`, `PrefixCaptioner`), which is called in another way, and not of this class.
 
-    A new one is a class of this kind in a file beside this one; only the library's public names can be saved. For
-    `VisionEncoderDecoder`'s attention maps it gives a token a patch.
+    A new one is a class of this kind, in a file beside this one or in a module of your own: it is saved if it keeps
+    each argument of its constructor under its name (docs/pytorch.md). For `VisionEncoderDecoder`'s attention maps
+    it gives a token a patch.
 
     Attributes:
         visual_dim: width of the tokens that it takes.

@@ -72,6 +72,11 @@ def merge_lora(model: Module) -> Module:
     return model
 
 
+def has_lora(model: nn.Module) -> bool:
+    """Whether a model has low-rank products that are not merged."""
+    return any(hasattr(module, "lora_A") for module in model.modules())
+
+
 def refuse_lora(model: nn.Module) -> None:
     """Refuses to write a model with low-rank products, whose tensors no reader of the model has a place for.
 

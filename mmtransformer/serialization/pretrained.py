@@ -4,55 +4,85 @@ A model's constructor arguments are its configuration: each is kept as an attrib
 read off the model, and one that was built by hand is saved as well as one from a recipe.
 """
 
-import errno
 import importlib
-import inspect
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtransformer.layers.lora import refuse_lora
-from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
+from mmtransformer.layers.lora import has_lora, refuse_lora
+from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
-from mmtransformer.serialization.model_kinds import other_kind
-from mmtransformer.serialization.processes import ended_as_by_exit
+from mmtransformer.serialization.model_kinds import (
+    arguments_of,
+    import_path,
+    imported_class,
+    is_own,
+    not_imported,
+    other_kind,
+)
 from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
 FORMAT_VERSION = 6  # Of folders: what config.json and model.safetensors hold, and how it is named.
 
 
-def to_config(module: nn.Module) -> dict[str, Any]:
+def to_config(module: nn.Module, place: str = "the model") -> dict[str, Any]:
     """How to build this module again: {"class": name, "args": {...}}, nested where an argument is a module.
 
+    Args:
+        module: the module, one of the library's or of a class of your own.
+        place: what it is of a larger one, for errors.
+
     Raises:
-        ValueError: if it is not one of the library's public models, and could not be built again.
+        ValueError: if it could not be built again: it is no `Pretrained`, or does not keep an argument as an attribute.
     """
     kind, args = type(module), {}
-    if not isinstance(module, Pretrained) or _public(kind.__name__) is not kind:
-        raise ValueError(f"{kind.__module__}.{kind.__name__} is no public model of mmtransformer: only those are saved")
-    for name in list(inspect.signature(kind.__init__).parameters)[1:]:
+    path, public = import_path(kind), _public(kind.__name__) is kind
+    what = f"{place} ({path}) cannot be saved"
+    if not isinstance(module, Pretrained):
+        raise ValueError(
+            f"{what}: only what is a mmtransformer.serialization.pretrained.Pretrained can: derive a class of your own "
+            f"from it too, as class Mine(Pretrained, nn.Module), and keep each constructor argument under its name "
+            f"(self.dim = dim)"
+        )
+    if not public and not is_own(kind):
+        raise ValueError(f"{what}: it is no public model of mmtransformer")
+    if not public and imported_class(path, Pretrained) is None:
+        raise ValueError(f"{what}: it is not found under this name again; let the class stand at the top of a module")
+    for name in arguments_of(kind, what):
+        if not hasattr(module, name):
+            raise ValueError(f"{what}: its constructor takes {name}, and does not keep it: self.{name} = {name}")
         value = getattr(module, name)
         if isinstance(value, nn.Module):
-            value = to_config(value)
+            value = to_config(value, name if place == "the model" else f"{place}.{name}")
         elif isinstance(value, tuple):
             value = list(value)
         elif is_dataclass(value) and not isinstance(value, type):
+            if not public and _settings_kind(hints_of(kind).get(name)) is None:
+                raise ValueError(
+                    f"{what}: annotate its {name} ({name}: {type(value).__name__}): config.json holds its fields alone"
+                )
             value = asdict(value)
         args[name] = value
-    return {"class": kind.__name__, "args": args}
+    try:
+        json.dumps(args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: config.json holds numbers, texts, lists of them and models: {error}") from None
+    return {"class": kind.__name__ if public else path, "args": args}
+
+
+def _settings_kind(hint: Any) -> type | None:
+    """The dataclass that an argument is annotated with, alone or beside None."""
+    return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def _public(name: Any) -> Any:
@@ -61,29 +91,31 @@ def _public(name: Any) -> Any:
 
 
 def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
-    """Builds the module that a config describes; only public classes of this library can be named.
+    """Builds the module that a config describes: of a public class, or of an own one that is imported already.
 
     Raises:
-        ValueError: for a class or argument that the library does not have, or arguments that do not fit.
+        ValueError: for a class or argument that there is not, one of your own that is not imported, or arguments that
+            do not fit.
     """
     if not isinstance(config, dict) or set(config) != {"class", "args"} or not isinstance(config["args"], dict):
         kind = config.get("model_type") if isinstance(config, dict) else None
         other = f"; of transformers ({kind}): ImageCaptioner, ImageTextEmbedder and load_vit read it" if kind else ""
         raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}{other}')
     name = config["class"]
-    found = _public(name)
+    found = _public(name) or imported_class(name, Pretrained)
     if not (isinstance(found, type) and issubclass(found, Pretrained)):
-        raise ValueError(f'{where}: mmtransformer has no model class "{name}"')
-    known = list(inspect.signature(found.__init__).parameters)[1:]
+        raise not_imported(name, where)
+    known = arguments_of(found, f"{where}: {name}")
     if unknown := sorted(set(config["args"]) - set(known)):
         raise ValueError(f"{where}: {name} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
     hints, args = hints_of(found), dict(config["args"])
     for key, value in args.items():
-        if isinstance(value, dict) and is_dataclass(hint := hints.get(key)) and isinstance(hint, type):
-            args[key] = settings_of(hint, value, f"{where}: {key}")
+        if isinstance(value, dict) and (kind := _settings_kind(hints.get(key))) is not None:
+            args[key] = settings_of(kind, value, f"{where}: {key}")
         elif isinstance(value, dict) and "class" in value:
             args[key] = from_config(value, where)
-    minus = [key for key, value in args.items() if isinstance(value, int) and value < 0]  # a size, all of them
+    # Whole numbers of the library's constructors are sizes, all of them.
+    minus = [key for key, value in args.items() if isinstance(value, int) and value < 0 and not is_own(found)]
     if odd := minus + [key for key, value in args.items() if not fits(value, hints.get(key, Any))]:
         raise ValueError(f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints.get(odd[0])}")
     try:
@@ -156,62 +188,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def weights_written_to(path: Path) -> Iterator[None]:
-    """Where safetensors writes a file: what stops it is an OSError that names the file, as everywhere else."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        code = int(found[1]) if found else errno.EIO
-        raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Writes tensors, those that are one under the first of their names, and returns what was written.
-
-    Those that share memory are each apart. A file that is there is replaced when the new one is whole: a model may
-    still be reading it.
-    """
-    state: dict[str, Tensor] = {}
-    written: set[int] = set()
-    for name, tensor in tensors.items():
-        if not tensor.numel() or tensor.data_ptr() not in written:
-            written.add(tensor.data_ptr())
-            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-            state[name] = tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with ended_as_by_exit(), weights_written_to(path):
-            save_file(state, part, metadata={"format": "pt"})
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return state
-
-
 def open_weights(folder: Path, weights: str = WEIGHTS) -> None:
     """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
     (folder / weights).chmod((folder / CONFIG).stat().st_mode & 0o777)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        ValueError: naming the file, if it is missing or damaged, or holds weights that are NaN.
-    """
-    check_plain(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except SafetensorError as error:
-        torchs = path.suffix in (".pt", ".pth", ".bin", ".ckpt")
-        hint = "torch.load(..., weights_only=True) and safetensors.torch.save_file make one of torch's own"
-        hint = hint if torchs else "copy or download it again"
-        raise ValueError(f"{path}: not a whole safetensors file: {error}; {hint}") from error
-    refuse_nan(state, str(path))
-    return state
 
 
 def rehash(folder: str | Path) -> str:
@@ -233,24 +212,6 @@ def rehash(folder: str | Path) -> str:
     config[KEY] = checksum(read_safetensors(Path(folder) / WEIGHTS))
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return config[KEY]
-
-
-def shapes_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, by name, without their numbers.
-
-    Raises:
-        ValueError: naming a file that is damaged.
-    """
-    shapes: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        check_plain(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                    shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}; copy or download it again") from error
-    return shapes
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -283,12 +244,26 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
 
 
 def rebuilt(config: dict[str, Any]) -> nn.Module | None:
-    """The module that a config describes, without memory (on the meta device); None where it cannot be built there."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return from_config(config)
-    except ValueError:  # a model of transformers that computes with its weights when it is built
-        return None
+    """The module that a config describes, without memory (on the meta device); None where it cannot be built there.
+
+    Raises:
+        ValueError: if a class of a user's own is in it, and it can be built nowhere.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return from_config(config)
+        except ValueError:  # a model of transformers that computes with its weights when it is built
+            if not _names_own(config):
+                return None
+        return from_config(config)
+
+
+def _names_own(config: Any) -> bool:
+    """Whether a config names a class by its import path."""
+    if not isinstance(config, dict) or set(config) != {"class", "args"}:
+        return False
+    return "." in config["class"] or any(map(_names_own, config["args"].values()))
 
 
 def refuse_unreadable(module: nn.Module, config: dict[str, Any]) -> None:
@@ -311,6 +286,17 @@ def refuse_unreadable(module: nn.Module, config: dict[str, Any]) -> None:
             f"{name} is not saved, since it could not be loaded: its arguments do not say of "
             f"{_few(sorted(strange.pop()))} whether they are one tensor; give each its own, or tie as the arguments do"
         )
+
+
+def refuse_unsaved(module: nn.Module) -> None:
+    """Refuses, before it is trained, a model that could not be saved; low-rank products are merged in until then.
+
+    Raises:
+        ValueError: as `to_config` and `refuse_unreadable`.
+    """
+    config = to_config(module)
+    if not has_lora(module):
+        refuse_unreadable(module, config)
 
 
 def _ties(state: dict[str, Tensor]) -> set[frozenset[str]]:
@@ -358,8 +344,7 @@ class Pretrained:
                 it alone.
 
         Raises:
-            ValueError: if `from_pretrained` could not read it, before anything is written: a part is no public model of
-                this library, or its tensors are not those of its arguments.
+            ValueError: if `from_pretrained` could not read it, before anything is written: see `refuse_unsaved`.
         """
         assert isinstance(self, nn.Module)
         config = to_config(self)

@@ -13,14 +13,8 @@ from torch import Tensor
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged
 from mmtransformer.serialization.hub import HubOptions
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    find_folder,
-    open_weights,
-    read_json,
-    read_safetensors,
-    write_weights,
-)
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, open_weights, read_json
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.weights.shared.folders import read_tensors
 
 ADAPTER = "adapter.safetensors"

@@ -16,9 +16,10 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.model_kinds import with_article
-from mmtransformer.serialization.pretrained import CONFIG, open_weights, read_json, read_safetensors, write_weights
+from mmtransformer.serialization.pretrained import CONFIG, open_weights, read_json
 from mmtransformer.serialization.printable import json_text, markup
 from mmtransformer.serialization.untrusted import built_from, check_plain
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types

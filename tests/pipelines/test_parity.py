@@ -8,7 +8,7 @@ import torch
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.pipelines import parity
-from mmtransformer.serialization.pretrained import write_weights
+from mmtransformer.serialization.weight_files import write_weights
 from mmtransformer.weights.adapters import Adapter, hash_of
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from mmtransformer import TextDecoder, ViT
-from mmtransformer.serialization.pretrained import load_strictly, read_safetensors, write_weights
+from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.weights import ViTSettings, from_blip, load_blip, load_lm, load_vit, save_blip, save_lm, to_timm
 
 SMALL = {"hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 3}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtransformer.serialization import pretrained
-from mmtransformer.serialization.pretrained import write_weights
+from mmtransformer.serialization import weight_files
+from mmtransformer.serialization.weight_files import write_weights
 from mmtransformer.serialization.writing import whole_folder
 from support.tiny import in_child
 
@@ -41,13 +41,13 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
 
 
 def test_weights_whose_writer_is_ended_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = pretrained.save_file
+    save = weight_files.save_file
 
     def killed(*args: object, **more: object) -> None:
         save(*args, **more)  # pyright: ignore[reportArgumentType]
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(pretrained, "save_file", killed)
+    monkeypatch.setattr(weight_files, "save_file", killed)
     before = signal.getsignal(signal.SIGTERM)
     assert in_child(lambda: write_weights(tmp_path / "model.safetensors", {"a": torch.zeros(3)})) == 143
     assert not [*tmp_path.iterdir()]

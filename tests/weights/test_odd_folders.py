@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.pipelines.parity import compare
-from mmtransformer.serialization.pretrained import write_weights
+from mmtransformer.serialization.weight_files import write_weights
 from mmtransformer.weights.shared.folders import read_tensors
 from support import hub_parts
 from support.cli import mmt

@@ -22,8 +22,9 @@ from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.layers.linear import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
-from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json, shapes_in
+from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.weight_files import shapes_in
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _NO_LENGTH = 2048  # Models without a table of positions (ALiBi) name no length.

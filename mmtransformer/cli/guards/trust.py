@@ -16,6 +16,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from mmtransformer.cli.guards.own_modules import look_here
+
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1 << 20, 100_000, 50
 _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", "timm")
 BUILDERS = (
@@ -92,6 +94,7 @@ def checked_files() -> Iterator[None]:
     def checked(path: Any, *args: Any) -> str:
         try:
             check_recipe(path.absolute)
+            look_here(Path(path.absolute).read_text("utf-8"))
         except ValueError as error:
             refused.append(error)
             raise yaml.YAMLError(str(error)) from error  # It may be no recipe: a table that is a plain argument, say.

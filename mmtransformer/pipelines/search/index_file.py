@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmtransformer.serialization.checksums import checksum
-from mmtransformer.serialization.pretrained import weights_written_to
 from mmtransformer.serialization.untrusted import check_plain
+from mmtransformer.serialization.weight_files import weights_written_to
 
 SUFFIX = ".safetensors"
 ANEW = "delete it, and it is made anew from its pictures (mmt search --images FOLDER --index-file FILE)"

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from mmtransformer.serialization.pretrained import Pretrained, refuse_unsaved
 
 _OTHER = "take another folder: --trainer.default_root_dir=DIR"
 
@@ -99,6 +102,19 @@ def refuse_begun(folder: Path) -> None:
         raise ValueError(
             f"{folder}: a run is there already ({found[0]}). --resume goes on with it; for a new run {_OTHER}"
         )
+
+
+def refuse_unsaved_parts(module: nn.Module) -> None:
+    """Refuses, before it is trained, a task whose models could not be saved when it ends.
+
+    Raises:
+        ValueError: Naming the part, and the remedy.
+    """
+    if getattr(getattr(module, "start", None), "processor", None) is not None:
+        return  # a public model, which is written as it came
+    for part in module.children():
+        if isinstance(part, Pretrained):
+            refuse_unsaved(part)
 
 
 @dataclass(frozen=True)

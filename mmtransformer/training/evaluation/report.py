@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.encoder import TextEncoder
@@ -28,6 +28,7 @@ from mmtransformer.plots import (
     save_image,
     save_loss_curves,
 )
+from mmtransformer.serialization.model_kinds import own_modules
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.serialization.printable import fenced, json_text, markup, program
 from mmtransformer.text.tokenizer import Tokenizer
@@ -193,7 +194,12 @@ def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
     heat = " --heatmap words.png" if model.model.has_heatmaps else ""
-    return f"{program()} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language}{heat}"
+    return f"{program()} caption YOUR_PICTURE.jpg {model_option(shown / 'model', model.model)}{language}{heat}"
+
+
+def model_option(folder: Path, model: nn.Module) -> str:
+    """The words by which a command takes a saved model, with the modules that its own classes are of."""
+    return " ".join([f"--model {quote(str(folder))}", *(f"--import {module}" for module in own_modules(model))])
 
 
 def seconds_to_text(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 from collections import defaultdict
-from shlex import quote
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from mmtransformer.serialization.printable import fenced, program
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
+from mmtransformer.training.evaluation.report import model_option
 from mmtransformer.training.evaluation.retrieval import KS, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.evaluation.zero_shot import zero_shot, zero_shot_table
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
@@ -152,7 +152,7 @@ class ContrastiveLearning(Task[CaptionData]):
         encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(table)}")
         shown = [
             "Find pictures by words:",
-            f'  {program()} search "WORDS" --images PICTURES/ --model {quote(str(run.folder / "model"))}',
+            f'  {program()} search "WORDS" --images PICTURES/ {model_option(run.folder / "model", self.model)}',
         ]
         self.conclude(run, metrics, table, shown=shown, files={"searches": "retrieval.png"})
 

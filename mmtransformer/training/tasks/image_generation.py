@@ -1,7 +1,6 @@
 """Image generation: a diffusion transformer that learns to draw what texts say. The mirror of captioning."""
 
 from collections.abc import Sequence
-from shlex import quote
 
 import torch
 
@@ -24,6 +23,7 @@ from mmtransformer.training.evaluation.drawn_facts import (
     table,
     texts_of,
 )
+from mmtransformer.training.evaluation.report import model_option
 from mmtransformer.training.evaluation.second_reader import read_by_captioner
 from mmtransformer.training.tasks.data_checks import check_texts
 
@@ -157,5 +157,7 @@ class ImageGeneration(Task[CaptionData]):
                     f"{saw['true_facts']:.1%} in true pictures; distance {saw['distance']:.2f}"
                 )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
-        command = f'{program()} draw "a large red star" --model {quote(str(run.folder / "model"))} --out picture.png'
+        command = (
+            f'{program()} draw "a large red star" {model_option(run.folder / "model", self.model)} --out picture.png'
+        )
         say(f"\nDraw something of your own:\n  {command}")

@@ -15,9 +15,10 @@ from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import refuse_lora
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.weight_files import shapes_in
 from mmtransformer.text.conversation import messages_of
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.generation_config import read_ends, read_start

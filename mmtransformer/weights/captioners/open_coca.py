@@ -14,8 +14,9 @@ from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.open_coca import OpenCoCa
 from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
-from mmtransformer.serialization.pretrained import find_folder, read_safetensors, write_weights
+from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.text.clip_tokenizer import END, START, VOCABULARY, read_clip_vocabulary
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import PIXELS, open_clip_pixels

@@ -17,8 +17,9 @@ from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.config import Activation
 from mmtransformer.serialization.folder_config import OPEN_CLIP
-from mmtransformer.serialization.pretrained import read_json, read_safetensors, write_weights
+from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.weights.processors.pixels import PIXELS
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.keys import export, fill, nested, part

@@ -7,16 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    open_weights,
-    read_json,
-    read_safetensors,
-    write_weights,
-)
+from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, find_folder, open_weights, read_json
 from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.weights.shared.pickles import read_pickle
 
 _INDEX = "model.safetensors.index.json"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.hub.autoencoder import HubAutoencoder
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json, read_safetensors
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
+from mmtransformer.serialization.weight_files import read_safetensors
 from mmtransformer.weights.shared.configs import only, only_these, read_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill

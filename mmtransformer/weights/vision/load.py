@@ -17,16 +17,9 @@ from mmtransformer.layers.lora import add_lora
 from mmtransformer.layers.modes import freeze as freeze_module
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.model_kinds import with_article
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    Pretrained,
-    find_folder,
-    load_strictly,
-    read_json,
-    read_safetensors,
-)
+from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, Pretrained, find_folder, load_strictly, read_json
 from mmtransformer.serialization.untrusted import built_from, settings_of
+from mmtransformer.serialization.weight_files import read_safetensors
 from mmtransformer.weights.processors.transforms import take_transform
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from mmtransformer.cli import main
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.serialization import pretrained
+from mmtransformer.serialization import weight_files
 from mmtransformer.training import Captioning
 from mmtransformer.training.engine.checkpoints import CheckpointError, read, written_to
 from mmtransformer.training.evaluation import report
@@ -71,7 +71,7 @@ def test_results_that_cannot_be_written(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "save_file", no_room)
+        patch.setattr(weight_files, "save_file", no_room)
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "model/model.safetensors", "No space left on device")
     make, begun = tempfile.mkstemp, [""]

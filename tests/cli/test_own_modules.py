@@ -1,0 +1,111 @@
+"""Modules of the user's own that lie in the working folder: recipes name their classes, and commands import them."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmtransformer.cli.guards.own_modules import look_here, with_imports
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.serialization.printable import program
+from support.cli import mmt
+
+MINE = """
+from torch import nn
+from mmtransformer.connectors.base import Connector
+
+
+class MyConnector(Connector):
+    keeps_tokens = True
+
+    def __init__(self, visual_dim: int, dim: int) -> None:
+        super().__init__()
+        self.visual_dim, self.dim = visual_dim, dim
+        self.proj = nn.Linear(visual_dim, dim)
+
+    def forward(self, visual_tokens, mask=None):
+        return self.proj(visual_tokens)
+
+
+class Forgets(MyConnector):
+    def __init__(self, visual_dim: int, dim: int, heads: int = 2) -> None:
+        super().__init__(visual_dim, dim)
+"""
+SMALL = [f"--model.captioner.{part}.depth=1" for part in ("vision", "decoder")]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with a module of one's own, which the path does not lead to."""
+    (tmp_path / "mine.py").write_text(MINE, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", ".", str(tmp_path))])
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def connector(name: str) -> list[str]:
+    key = "--model.captioner.connector"
+    return [*SMALL, f"{key}=mine.{name}", f"{key}.visual_dim=192", f"{key}.dim=192"]
+
+
+def test_an_own_connector_is_trained_saved_and_captions(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = mmt(capsys, "fit", "--config", "caption_scenes", "--config", "tiny", *connector("MyConnector"))
+    assert code == 0, err
+    folder = here / "runs" / "caption_scenes" / "model"
+    said = [line for line in out.splitlines() if f"{program()} caption" in line]
+    assert "--model runs/caption_scenes/model --import mine --language" in said[0]
+    shutil.copytree(folder, here / "saved")
+    Scenes(image_size=64, train_size=1).split("train").image(0).save(here / "a.png")
+    sys.modules.pop("mine")
+    code, _, err = mmt(capsys, "caption", "a.png", "--model", "saved", "--min-new-tokens", "2")
+    assert code == 2
+    assert "saved/config.json: mine.MyConnector is a class of your own: import mine first" in err
+    words = ["--import", "mine", "--min-new-tokens", "2", "--language", "ko"]
+    code, out, err = mmt(capsys, "caption", "a.png", "--model", "saved", *words)
+    assert (code, err) == (0, "")
+    assert out
+
+
+@pytest.mark.parametrize("command", ["fit", "plan"])
+def test_what_could_not_be_saved_is_not_trained(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "caption_scenes", "--config", "tiny", *connector("Forgets")]
+    code, out, err = mmt(capsys, command, *words)
+    assert code == 2
+    assert "connector (mine.Forgets) cannot be saved: its constructor takes heads, and does not keep it" in err
+    assert "step" not in out
+    assert not (here / "runs").exists()
+
+
+def test_the_folder_is_looked_in_last_and_only_for_what_is_named_and_there(here: Path) -> None:
+    for name in ("json.py", "yaml.py", "data.py"):
+        (here / name).touch()
+    for text in (
+        "json.dumps",
+        "yaml.X",
+        "other.X",
+        "--data.source=a",
+        "folder/mine.csv",
+        "x.mine.csv",
+        "class_path: mine",
+    ):
+        look_here(f"{text}\n")
+        assert str(here) not in sys.path, text
+    look_here("class_path: mine.MyConnector\n")
+    assert sys.path[-1] == str(here)
+
+
+def test_modules_to_import_are_named_as_modules(here: Path) -> None:
+    assert with_imports(["--a", "--import", "mine", "--b=1", "--import=json"]) == ["--a", "--b=1"]
+    assert "mine" in sys.modules
+    (here / "broken.py").write_text("1 / 0", "utf-8")
+    for words, message in (
+        (["--import"], "--import needs the name of a module"),
+        (["--import", "nowhere"], "--import nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+        (["--import", "mine.py"], "give a module's name, mine, not its file's"),
+        (["--import", "broken"], "--import broken: ZeroDivisionError: division by zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_imports(words)
