@@ -3,6 +3,7 @@
 Shapes: w words, v vocabulary.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,15 @@ class ForcedWords:
             tokenizer: The tokenizer.
             words: The words.
             vocab_size: Ids that the model scores, v; it may be more than the tokenizer has.
+
+        Raises:
+            ValueError: If there are no tokens for a word: a text could not hold it.
         """
         pieces = tokenizer.token_bytes()
+        for word in words:
+            if (read := _letters(tokenizer.decode(tokenizer.encode(word)))) != _letters(_normalized(tokenizer, word)):
+                how = f'reads "{read}"' if read else "has no token for it"
+                raise ValueError(f'force_words: the tokenizer cannot spell "{word}": it {how}')
         spelled = [_spellings(tokenizer, pieces, word.strip()) for word in words]
         if any(pieces[ids[-1]].endswith(b" ") for word in spelled for ids in word):
             return cls(spelled)  # CLIP's tokens say themselves where a word ends
@@ -56,6 +64,17 @@ def _spellings(tokenizer: Tokenizer, pieces: Sequence[bytes], word: str) -> list
     first, inside = tokenizer.encode(word), tokenizer.encode(f" {word}")
     twice = b"".join(pieces[i] for i in inside).startswith(b"  ")  # ours puts a space before every text anyway
     return [first] if twice or first == inside else [first, inside]
+
+
+def _normalized(tokenizer: Tokenizer, text: str) -> str:
+    """A text as the tokenizer's model is given it: without capitals, say."""
+    normalizer = tokenizer.backend.normalizer
+    return text if normalizer is None else normalizer.normalize_str(text)
+
+
+def _letters(text: str) -> str:
+    """What there is to see of a text, whatever its spaces and its form of Unicode."""
+    return "".join(unicodedata.normalize("NFKC", text).replace("\u2581", "").casefold().split())
 
 
 def _goes_on(piece: bytes) -> bool:
