@@ -188,10 +188,9 @@ def stream_caption(
     Raises:
         ValueError: If there are words that the caption must contain.
     """
-    if generation.force_words:
-        raise ValueError("force_words need beams, and a caption that is streamed has none")
+    settings = generation.streamed()
     given, batch = batch, with_prompts(batch, tokenizer, [language], prompt_builder, mark=generation.add_image_tokens)
-    c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
+    c = settings.limited(captioner.max_len - batch.tokens.shape[1])
     row_seeds = checksums(batch, given) if c.do_sample else None
     tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, row_seeds=row_seeds)
     ids: list[int] = []

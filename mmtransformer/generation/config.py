@@ -133,6 +133,19 @@ class GenerationConfig:
             self, num_beams=1, num_return_sequences=1, num_beam_groups=1, diversity_penalty=0.0, force_words=()
         )
 
+    def streamed(self, **changes: Any) -> Self:
+        """These settings with some changed, for one text that is shown while it is written; their beams are left aside.
+
+        Raises:
+            ValueError: if there are words that it must contain, or the changes ask for beams or several texts.
+        """
+        if self.force_words or changes.get("force_words"):
+            raise ValueError("force_words need beams, and a caption that is streamed has none")
+        found = self.one_at_a_time().updated(**changes)
+        if found.num_beams > 1 or found.num_return_sequences > 1:
+            raise ValueError("a caption that is streamed is one, without beams: leave num_beams and their like out")
+        return found
+
 
 _INF = math.inf
 _WHOLE = {

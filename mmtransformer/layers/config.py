@@ -10,8 +10,13 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 Kind = TypeVar("Kind", bound=type)
 
-_ELSEWHERE = {"max_length": "max_new_tokens", "min_length": "min_new_tokens", "beams": "num_beams", "lang": "language"}
+_ELSEWHERE = {
+    "max_length": "max_new_tokens", "min_length": "min_new_tokens", "beams": "num_beams", "lang": "language",
+    "generation_config": "generation",
+}  # fmt: skip
 """What settings are called elsewhere -> here, or in the call that they are given to."""
+NOT_HERE = ("stop_words", "bad_words", "stop_words_ids", "bad_words_ids", "stop_strings")
+"""Settings that are elsewhere, and look like others that are here and say the opposite."""
 
 
 def check_sizes(least: int = 1, **sizes: int | None) -> None:
@@ -55,7 +60,7 @@ def known_fields(kind: Kind) -> Kind:
             if name not in known:
                 import difflib
 
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                near = [] if name in NOT_HERE else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
                 if (other := _ELSEWHERE.get(name)) and ("max_new_tokens" in known or other in known):
                     near = [other]
                 hint = f'; did you mean "{near[0]}"?' if near else f": it has {', '.join(known)}"

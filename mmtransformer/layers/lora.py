@@ -33,13 +33,18 @@ def add_lora(
         The same model.
 
     Raises:
-        ValueError: If peft is not installed, no layer has such a name, or one shares its weight with another.
+        ValueError: If peft is not installed, no layer has such a name, one has products already, or shares its weight
+            with another.
     """
+    if isinstance(target_modules, str):
+        raise ValueError(f'target_modules is a list of names: ["{target_modules}"], not "{target_modules}"')
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("add_lora needs peft: pip install peft") from error
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if done := [n for n, m in model.named_modules() if hasattr(m, "lora_A") and n.endswith(tuple(target_modules))]:
+        raise ValueError(f"{done[0]} has LoRA already: merge_lora(model) first, or name other target_modules")
     for target in target_modules:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):
             raise ValueError(f'no linear layer is called "{target}"; there are {", ".join(linear)}')
@@ -53,6 +58,8 @@ def add_lora(
                 "product too: choose other target_modules, or a model that is not tied"
             )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))  # pyright: ignore[reportArgumentType]  # A float is fine.
+    if not has_lora(model):  # What peft remembers of merged ones it would warn of.
+        vars(model).pop("peft_config", None)
     inject_adapter_in_model(config, model)
     return model
 

@@ -325,11 +325,9 @@ class ImageCaptioner(Pipeline[Captioner]):
             raise ValueError(
                 "stream takes many pictures: give [picture], or write one's caption by stream_text(picture)"
             )
-        settings, language = (generation or self.generation).updated(**changes), self.language(language)
+        c, language = (generation or self.generation).updated(**changes), self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
-        many = caption_all(
-            self, images, load, [language], generation=settings, prompt_builder=made, batch_size=batch_size
-        )
+        many = caption_all(self, images, load, [language], generation=c, prompt_builder=made, batch_size=batch_size)
         return self._stream_many(many, on_error)
 
     def stream_text(
@@ -340,6 +338,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompt_builder: PromptBuilder | None = None,
+        **changes: Any,
     ) -> Iterator[str]:
         """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
 
@@ -349,12 +348,13 @@ class ImageCaptioner(Pipeline[Captioner]):
             language: As of `stream`.
             generation: As of `stream`; beams are left aside.
             prompt_builder: As of `stream`.
+            changes: As of `stream`, without what asks for beams.
 
         Raises:
             ImageError: If the picture cannot be used.
-            ValueError: If the model does not know the language.
+            ValueError: If the model does not know the language, or settings need beams.
         """
-        settings, language = generation or self.generation, self.language(language)
+        settings, language = (generation or self.generation).streamed(**changes), self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
         with torch.inference_mode():
             batch = self.batch([image])

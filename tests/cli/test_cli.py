@@ -140,6 +140,10 @@ def test_help_is_quick() -> None:
             [*FINETUNE, "--data.source=PAIRS", "--model.tuning.how=lora"],
             "TuningConfig has none); it has parts, method, num_blocks, rank",
         ),
+        (
+            ["caption", "PAIRS/p0.png", "--model", "MODEL", "--stop-words", "a"],
+            "--stop-words a; see mmt caption --help",
+        ),
         (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
         (["check", "PAIRS", "--language", "de"], 'did you mean "--default-language"?'),
         (["check", "PAIRS", "--images", "photos"], 'did you mean "--image-folder"?'),

@@ -100,6 +100,8 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
             "num_steps",
             'ImageGenerationConfig has no "num_steps"; did you mean "num_inference_steps"?',
         ),
+        (GenerationConfig, "stop_words", 'GenerationConfig has no "stop_words": it has max_new_tokens'),
+        (GenerationConfig, "bad_words", 'GenerationConfig has no "bad_words": it has max_new_tokens'),
         (OptimConfig, "warmup", 'OptimConfig has no "warmup"; did you mean "warmup_steps"?'),
         (LoaderConfig, "num_worker", 'LoaderConfig has no "num_worker"; did you mean "num_workers"?'),
         (ReadOptions, "image_colum", 'ReadOptions has no "image_colum"; did you mean "image_column"?'),

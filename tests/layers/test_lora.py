@@ -81,6 +81,19 @@ def test_a_name_that_no_layer_has() -> None:
         add_lora(decoder(), ["q_prj"])
 
 
+def test_layers_that_have_products_are_merged_before_they_get_others() -> None:
+    model = perturbed(add_lora(decoder(), rank=2).double())
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.q_proj has LoRA already: merge_lora\(model\) first"):
+        add_lora(model, rank=3)
+    before = model(TOKENS)
+    assert torch.allclose(add_lora(merge_lora(model), rank=3).double()(TOKENS), before, atol=1e-12)
+
+
+def test_one_name_is_told_to_be_a_list() -> None:
+    with pytest.raises(ValueError, match=r'target_modules is a list of names: \["q_proj"\], not "q_proj"'):
+        add_lora(decoder(), "q_proj")
+
+
 def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="add_lora needs peft: pip install"):

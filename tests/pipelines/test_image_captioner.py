@@ -107,6 +107,24 @@ def test_words_that_must_come_cannot_be_streamed() -> None:
         next(captioner().stream_text(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
 
 
+def test_a_streamed_caption_takes_single_settings_too() -> None:
+    model, image = captioner(), images()[0]
+    (said,) = model(image, num_beams=1, max_new_tokens=3, min_new_tokens=2)[0]
+    assert "".join(model.stream_text(image, max_new_tokens=3, min_new_tokens=2)) == said.text
+    assert said.tokens
+    for changes, message in (
+        ({"num_beams": 2}, "a caption that is streamed is one, without beams"),
+        ({"num_return_sequences": 2}, "a caption that is streamed is one, without beams"),
+        ({"force_words": ["star"]}, "force_words need beams"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.stream_text(image, **changes)
+    for call in (model, model.stream_text, lambda image, **changes: model.stream([image], **changes)):
+        with pytest.raises(TypeError, match=r'no "generation_config"; did you mean "generation"\?'):
+            call(image, generation_config=GenerationConfig())
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, None, "3"])
 def test_a_batch_of_none_is_refused(size: Any) -> None:
     words = tokenizer()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from mmtransformer.layers.config import NOT_HERE
+
 OTHER_NAMES = {
     "learning_rate": "lr", "batch": "batch_size", "per_device_train_batch_size": "batch_size", "wd": "weight_decay",
     "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
@@ -31,6 +33,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
         if mine:
             beside = f"{front}.{other}"
             return f'; did you mean "{beside if beside in mine else mine[0]}"?'
+    if last.lstrip("-").replace("-", "_") in NOT_HERE:
+        return ""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 
