@@ -6,7 +6,7 @@ patches; c numbers of a patch (its channels, rows and columns).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -103,3 +103,21 @@ class CaptionBatch(Batch):
         """The batch with only the first `length` tokens of every row."""
         texts = {name: getattr(self, name) for name in _TOKEN_FIELDS}
         return replace(self, **{name: x[:, :length] for name, x in texts.items() if x is not None})
+
+
+def check_texts(batch: Any) -> None:
+    """Refuses rows of another type than ids, and texts that cannot be shared out among the samples' images.
+
+    Raises:
+        ValueError: naming the type, or both numbers.
+    """
+    tokens = batch.tokens
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens are ids in torch.int64, not in {tokens.dtype}: give tokens.long()")
+    pixels, visual = getattr(batch, "pixels", None), getattr(batch, "visual_tokens", None)
+    samples = len(visual) if visual is not None else 0 if pixels is None else len(pixels)
+    if samples and len(tokens) % samples:
+        raise ValueError(
+            f"{len(tokens)} texts cannot be shared out among {samples} images (rows of pixels): each has one, or as "
+            f"many as the others, side by side"
+        )

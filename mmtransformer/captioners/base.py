@@ -18,7 +18,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_variants.padded import padded_features
 from mmtransformer.batch import CaptionBatch, ModelOutput, SumAndCount
 from mmtransformer.batch.base import check_shape, with_images
-from mmtransformer.batch.captions import DOCUMENT_FIELDS
+from mmtransformer.batch.captions import DOCUMENT_FIELDS, check_texts
 from mmtransformer.batch.images import token_mask
 from mmtransformer.layers.modes import freeze, is_frozen
 from mmtransformer.losses.next_token import next_token_loss
@@ -237,8 +237,14 @@ def caption_loss(
         Zero, gradient too, where no token is to be predicted.
 
     Raises:
+        TypeError: of a model around a captioner, whose own call gives the loss (and in DDP shares the gradient).
         ValueError: as `Captioner.forward`, and for another reduction.
     """
+    if not hasattr(captioner, "hidden_states"):
+        kind = type(captioner).__name__
+        raise TypeError(
+            f"caption_loss is of a Captioner, not of what is around one, a {kind}: call that, wrapper(batch).loss"
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not "{reduction}"')
     output = Captioner.forward(captioner, batch, label_smoothing=label_smoothing)
@@ -250,8 +256,8 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
 
     Raises:
         TypeError: of what is no batch, such as a tensor of pixels alone.
-        ValueError: if masks are not of the tokens or images, a row is longer than the captioner can read, or (on a CPU:
-            elsewhere it would be a wait for the device) has padding that is not at its end.
+        ValueError: as `check_texts`, if masks are not of the tokens or images, a row is longer than the captioner can
+            read, or (on a CPU: elsewhere it would be a wait for the device) has padding that is not at its end.
     """
     if not hasattr(batch, "attention_mask"):
         what = "tensor" if isinstance(batch, Tensor) else type(batch).__name__
@@ -263,6 +269,7 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     if any(x.ndim != 2 or x.shape != batch.tokens.shape for x in given):
         each = "{}, {} and {}".format(*([*x.shape] for x in given))
         raise ValueError(f"tokens, attention_mask and loss_mask are (n q), all alike, not {each}")
+    check_texts(batch)
     for name in DOCUMENT_FIELDS:
         check_shape(getattr(batch, name), name, batch.tokens.shape, "tokens")
     if batch.pixels is not None:

@@ -171,7 +171,7 @@ class Blip2QFormer(Captioner):
         check_rows(self, batch)
         visual_tokens = self.context(batch)
         b, n = visual_tokens.shape[0], batch.tokens.shape[0]
-        if not n or n % b:
+        if not n:
             raise ValueError(f"{n} texts cannot be shared out among {b} images")
         r = n // b if num_match_texts is None else num_match_texts
         if not 1 <= r <= n // b:

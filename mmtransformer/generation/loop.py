@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.batch.base import check_shape
+from mmtransformer.batch.captions import check_texts
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.base import BatchT, GenerationResult, GenerativeModel, Search
 from mmtransformer.generation.beam_search import Beams, BeamSearch
@@ -184,6 +185,7 @@ def check(
     if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ends):
         raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
     check_shape(batch.attention_mask, "attention_mask", batch.tokens.shape, "tokens")
+    check_texts(batch)
     prompt, new = batch.tokens.shape[1], config.max_new_tokens
     if prompt + new > model.max_len:
         left = model.max_len - prompt

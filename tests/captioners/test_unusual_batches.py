@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from mmtransformer import (
     CLIP,
@@ -80,11 +81,21 @@ def test_an_empty_prompt_is_answered_or_refused_in_words(name: str) -> None:
 
 
 def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
-    for name, make in CAPTIONERS.items():
-        model, what = make(), "queries" if name in ("cross-attention", "flamingo") else "tokens"
+    for make in CAPTIONERS.values():
+        model = make()
         for samples in (3, 4):
-            with pytest.raises(ValueError, match=rf"rows of {what} \(2\) must be a multiple of .* \({samples}\)"):
-                caption_loss(model, batch(2, samples=samples))
+            for call in (caption_loss, partial(generate, eos_id=2, max_new_tokens=2)):
+                with pytest.raises(
+                    ValueError, match=rf"^2 texts cannot be shared out among {samples} images \(rows of pixels"
+                ):
+                    call(model, batch(2, samples=samples))
+        for call in (caption_loss, partial(generate, eos_id=2, max_new_tokens=2)):
+            for kind in (torch.int32, torch.float32):
+                short = batch(2)
+                with pytest.raises(
+                    ValueError, match=rf"^tokens are ids in torch.int64, not in {kind}: give tokens.long"
+                ):
+                    call(model, replace(short, tokens=short.tokens.to(kind)))
         for shape in ((2, 4), (5,)):
             mask = torch.ones(shape, dtype=torch.bool)
             for field in ("attention_mask", "loss_mask"):
@@ -175,6 +186,14 @@ def test_what_is_no_batch_or_no_model_is_said() -> None:
     with pytest.raises(ValueError, match="pixels are a tensor, as ImageTransform makes it, not ndarray"):
         vit()(np.zeros((1, 3, 16, 16)))
     assert vit().to("meta")(torch.empty(1, 3, 16, 16, device="meta")).shape == (1, 24)
+
+
+def test_the_loss_of_what_is_around_a_captioner_is_its_own_call() -> None:
+    model = CAPTIONERS["prefix"]()
+    for wrapped in (AveragedModel(model), torch.nn.Sequential(model)):
+        with pytest.raises(TypeError, match=rf"a {type(wrapped).__name__}: call that, wrapper\(batch\)\.loss"):
+            caption_loss(wrapped, batch(2))  # pyright: ignore[reportArgumentType]
+    assert AveragedModel(model)(batch(2)).loss.isfinite()
 
 
 def test_more_tokens_at_least_than_at_most_are_refused() -> None:
