@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mmtransformer.batch.base import Batch, as_mask, with_images
+from mmtransformer.batch.base import Batch, as_mask, check_shape, with_images
 from mmtransformer.batch.images import pad_images
 
 DOCUMENT_FIELDS = ("image_index", "first_image_index", "document_ids")
@@ -106,12 +106,15 @@ class CaptionBatch(Batch):
 
 
 def check_texts(batch: Any) -> None:
-    """Refuses rows of another type than ids, and texts that cannot be shared out among the samples' images.
+    """Refuses rows of another type than ids or with a mask of another shape, and texts that cannot be shared out among
+    the samples' images.
 
     Raises:
-        ValueError: naming the type, or both numbers.
+        ValueError: naming the type, the shapes, or both numbers.
     """
-    tokens = batch.tokens
+    tokens, mask = batch.tokens, batch.attention_mask
+    if mask.shape != tokens.shape:
+        check_shape(mask, "attention_mask", tokens.shape, "tokens")
     if tokens.dtype != torch.int64:
         raise ValueError(f"tokens are ids in torch.int64, not in {tokens.dtype}: give tokens.long()")
     pixels, visual = getattr(batch, "pixels", None), getattr(batch, "visual_tokens", None)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.batch.base import check_shape
 from mmtransformer.batch.captions import check_texts
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.base import BatchT, GenerationResult, GenerativeModel, Search
@@ -184,7 +183,6 @@ def check(
     ends: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
     if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ends):
         raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
-    check_shape(batch.attention_mask, "attention_mask", batch.tokens.shape, "tokens")
     check_texts(batch)
     prompt, new = batch.tokens.shape[1], config.max_new_tokens
     if prompt + new > model.max_len:

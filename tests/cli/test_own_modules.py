@@ -29,6 +29,23 @@ class MyConnector(Connector):
         return self.proj(visual_tokens)
 
 
+class Unannotated:
+    languages = ()
+
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "val")
+
+    def split(self, name):
+        raise ValueError(name)
+
+
+class Lacking:
+    languages = ()
+
+    def splits(self):
+        return ("train", "val")
+
+
 class Forgets(MyConnector):
     def __init__(self, visual_dim: int, dim: int, heads: int = 2) -> None:
         super().__init__(visual_dim, dim)
@@ -77,6 +94,20 @@ def test_what_could_not_be_saved_is_not_trained(command: str, here: Path, capsys
     assert "connector (mine.Forgets) cannot be saved: its constructor takes heads, and does not keep it" in err
     assert "step" not in out
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("Unannotated", "def split(self, name: str) -> Pairs"),
+        ("Lacking", "def split(self, name: str) -> Pairs; def splits(self) -> tuple[str, ...]"),
+    ],
+)
+def test_a_source_is_told_its_methods(name: str, lacks: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "own.yaml").write_text(f"data: {{init_args: {{source: {{class_path: mine.{name}}}}}}}\n", "utf-8")
+    code, _, err = mmt(capsys, "fit", "--config", "caption_flickr8k", "--config", "tiny", "--config", "own.yaml")
+    assert code == 2
+    assert f"data.source: mine.{name} is no PairSource, whose methods are annotated: {lacks}\n" in err
 
 
 def test_the_folder_is_looked_in_last_and_only_for_what_is_named_and_there(here: Path) -> None:

@@ -120,6 +120,12 @@ def explain(message: str, keys: Iterable[str]) -> str:
         else:
             way = f", and no settings: --{key}.KEY gives one of them, --print_config shows all"
         return f'{key}: "{word}" is no class that can stand there{way}'
+    if found := re.search(r"Import path (\S+) does not implement protocol (\w+)", message):
+        hint = _parameters(_named(classes[-1])).get(trail[-1]) if classes and trail else None
+        kinds = () if hint is None else (hint.annotation, *get_args(hint.annotation))
+        protocol = next((kind for kind in kinds if getattr(kind, "__name__", "") == found[2]), None)
+        if protocol is not None and (lacks := _unlike(_named(found[1]), protocol)):
+            return f"{'.'.join(trail)}: {found[1]} is no {found[2]}, whose methods are annotated: {'; '.join(lacks)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     dull = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line for line in lines if not line.startswith(dull)]
@@ -153,6 +159,26 @@ def _nested(class_path: str) -> list[str]:
         if dataclasses.is_dataclass(kind)
         for inner in _parameters(kind)
     ]
+
+
+def _unlike(found: Any, protocol: Any) -> list[str]:
+    """The methods of a protocol that a class has not, or with other annotations, as they are to be written."""
+    lacks = []
+    for name in (name for name in dir(protocol) if not name.startswith("_") and callable(getattr(protocol, name))):
+        wanted, mine = _signature(getattr(protocol, name)), _signature(getattr(found, name, None))
+        if wanted is None or (mine is not None and _annotations(wanted) == _annotations(mine, wanted)):
+            continue
+        if (bound := getattr(wanted.return_annotation, "__bound__", None)) is not None:
+            wanted = wanted.replace(return_annotation=bound)
+        lacks.append(re.sub(r"\bmmtransformer\.[\w.]+\.", "", f"def {name}{wanted}"))
+    return lacks
+
+
+def _annotations(signature: Any, like: Any = None) -> list[Any]:
+    """What parameters and result are annotated with; a result that is asked for as a type variable may be any."""
+    result = (like or signature).return_annotation
+    free = hasattr(result, "__bound__")
+    return [(p.name, p.annotation) for p in signature.parameters.values()] + [free or signature.return_annotation]
 
 
 def _suggest_last(word: str, keys: list[str]) -> str:
@@ -189,12 +215,18 @@ def _named(class_path: str) -> Any:
 
 def _parameters(owner: Any) -> Mapping[str, Any]:
     """What something is called with; nothing, if that cannot be told."""
+    found = _signature(owner)
+    return {} if found is None else found.parameters
+
+
+def _signature(owner: Any) -> Any:
+    """How something is called; None, if that cannot be told."""
     import inspect
 
     try:
-        return inspect.signature(owner, eval_str=True).parameters
+        return inspect.signature(owner, eval_str=True)
     except (ValueError, TypeError, NameError):
-        return {}
+        return None
 
 
 def check_file(path: str | Path, what: str) -> Path:
