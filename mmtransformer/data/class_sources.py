@@ -6,13 +6,14 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint
 from mmtransformer.data.files.names import is_hidden
 from mmtransformer.data.files.normalize import normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import split_word
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
+from mmtransformer.serialization.printable import counted
 
 
 class Classified(Protocol):
@@ -108,7 +109,8 @@ class ImageFolder:
         val_fraction: Share of the pictures for validation where the folder has no split for it.
 
     Attributes:
-        ignored: files that are no pictures by their ending.
+        ignored: files in folders of classes that are no pictures by their ending.
+        left_out: what is not used, in words: pictures outside of the classes' folders, archives, folders without any.
 
     Raises:
         ValueError: If the folder is missing, holds fewer than two classes, or a split would be empty.
@@ -119,25 +121,29 @@ class ImageFolder:
         top = Path(root)
         if not top.is_dir():
             raise ValueError(f"{root}: no such folder")
-        self.ignored = 0
-        inner = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inner = _folders(top)
         named = {path: split_word(path.name) for path in inner}
         if inner and all(named.values()):
+            above = [top, *inner]
             places = [(folder, split) for path, split in named.items() for folder in _folders(path)]
         else:
-            places = [(folder, None) for folder in inner]
-        self.classes: tuple[str, ...] = tuple(sorted({folder.name for folder, _ in places}))
+            above, places = [top], [(folder, None) for folder in inner]
+        found = [(path, folder, split) for folder, split in places for path in _inside(folder)]
+        loose = [path for folder in above for path in folder.iterdir() if path.is_file() and not is_hidden(path.name)]
+        taken = [item for item in found if _ends(item[0], IMAGES)]
+        self.classes: tuple[str, ...] = tuple(sorted({folder.name for _, folder, _ in taken}))
+        empty = sorted({folder.name for folder, _ in places}.difference(self.classes))
+        others = [path for path, _, _ in found if not _ends(path, IMAGES)]
+        archives = sum(map(_is_archive, (*loose, *others)))
+        unknown = sum(not _is_archive(path) for path in others)
+        outside = sum(_ends(path, IMAGES) for path in loose)
+        self.ignored = len(others)
+        self.left_out = _left_out(outside, archives, unknown, empty)
         if len(self.classes) < 2:
-            raise ValueError(f"{root}: a folder for each class is needed, two at least; there are {len(self.classes)}")
-        files, said = list[_File](), list[str | None]()
-        for folder, split in places:
-            for path in sorted(folder.rglob("*")):
-                if is_hidden(path.name) or not path.name.lower().endswith(IMAGES):
-                    self.ignored += path.is_file()
-                    continue
-                name = path.relative_to(top).as_posix()
-                files.append(_File(name, path, self.classes.index(folder.name)))
-                said.append(split)
+            why = f"there are {len(self.classes)}" + f" ({self.left_out})" * bool(self.left_out)
+            raise ValueError(f"{root}: a folder for each class is needed, two at least; {why}")
+        files = [_File(p.relative_to(top).as_posix(), p, self.classes.index(f.name)) for p, f, _ in taken]
+        said = [split for _, _, split in taken]
         members, _ = normalize_splits([file.name for file in files], said, val_fraction)
         self._splits = {name: [files[i] for i in some] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):
@@ -159,7 +165,32 @@ class ImageFolder:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(inner for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    return sorted(inner for inner in path.iterdir() if inner.is_dir() and not is_hidden(inner.name))
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() and not is_hidden(path.name))
+
+
+def _ends(path: Path, endings: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(endings)
+
+
+def _is_archive(path: Path) -> bool:
+    return _ends(path, ARCHIVES) or unpack_hint(path.name) is not None
+
+
+def _left_out(outside: int, archives: int, unknown: int, empty: Sequence[str]) -> str:
+    """What of a folder is not used, in words; nothing where all is."""
+    counts = [
+        f"{counted(outside, 'picture')} outside class folders" * bool(outside),
+        counted(archives, "archive") * bool(archives),
+        counted(unknown, "file that is no picture", "files that are no pictures") * bool(unknown),
+    ]
+    names = ", ".join(empty[:8]) + " ..." * (len(empty) > 8)
+    without = f"{names} {'has' if len(empty) == 1 else 'have'} no pictures" * bool(empty)
+    left = ", ".join(filter(None, counts))
+    return "; ".join(filter(None, (f"left out: {left}" * bool(left), without)))
 
 
 class _ShapeSplit:

@@ -180,7 +180,8 @@ class ClassData(DataModule):
         names = ", ".join(self.classes[:8]) + (" ..." if len(self.classes) > 8 else "")
         splits = (self.train_split, *self.val_splits)
         counts = ", ".join(f"{split} {len(self.images(split)):,}" for split in splits)
-        return f"{counted(len(self.classes), 'class', 'classes')} ({names}); {counts}"
+        kinds = f"{counted(len(self.classes), 'class', 'classes')} ({names})"
+        return "; ".join(filter(None, (kinds, counts, getattr(self.source, "left_out", ""))))
 
     def parts(self, split: str) -> Parts:
         """Pictures and classes."""

@@ -95,4 +95,4 @@ def test_every_format_that_is_read_is_found_by_its_endings(tmp_path: Path) -> No
     (tmp_path / "dog/._a.png").write_bytes(b"\0\5\x16\7")  # what a Mac leaves
     folder = ImageFolder(str(tmp_path))
     assert sum(len(folder.split(name)) for name in folder.splits()) == pictures + 1
-    assert folder.ignored == 1
+    assert (folder.ignored, folder.left_out) == (0, "")

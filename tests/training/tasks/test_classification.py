@@ -108,6 +108,30 @@ def test_folders_that_do_not_do(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path), val_fraction=1.0)
 
 
+def test_what_a_folder_holds_besides_its_classes_is_said(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"red": 3, "green": 3})
+    for name in ("1.jpg", "2.PNG", ".3.jpg", "more.zip", "readme.txt", "red/old.tar.gz", "red/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "leer").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    said = "left out: 2 pictures outside class folders, 2 archives, 1 file that is no picture; leer has no pictures"
+    module = data(root)
+    assert module.classes == ("green", "red")
+    assert module.describe().endswith(f"val 1; {said}")
+    assert data(folder(tmp_path / "all", {"red": 3, "green": 3})).describe().endswith("val 1")
+    splits = folder(tmp_path / "splits", {"train/red": 3, "train/green": 3, "val/red": 2})
+    (tmp_path / "splits" / "train" / "1.jpg").write_bytes(b"")
+    for place in ("val/green", "val/blue", "train/white"):
+        (tmp_path / "splits" / place).mkdir()
+    source = ImageFolder(splits)
+    assert source.classes == ("green", "red")
+    assert source.left_out == "left out: 1 picture outside class folders; blue, white have no pictures"
+    (tmp_path / "none" / "a").mkdir(parents=True)
+    (tmp_path / "none" / "cats.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"two at least; there are 0 \(left out: 1 archive; a has no pictures\)"):
+        ImageFolder(str(tmp_path / "none"))
+
+
 def test_shapes_of_scenes() -> None:
     source = shapes()
     assert source.classes[:3] == ("circle", "square", "triangle")
