@@ -97,6 +97,25 @@ def test_what_could_not_be_saved_is_not_trained(command: str, here: Path, capsys
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No module named 'mine'; no mine.py in this folder, on PYTHONPATH, or installed"),
+        ("import nonsense", "No module named 'nonsense'; no nonsense.py in this folder, on PYTHONPATH, or installed"),
+        ("import torch", "module 'mine' has no attribute 'MyConnector'"),
+    ],
+)
+def test_a_module_that_cannot_be_found_is_told_where_it_is_looked_for(
+    text: str | None, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "mine.py").unlink()
+    if text is not None:
+        (here / "mine.py").write_text(text, "utf-8")
+    code, _, err = mmt(capsys, "fit", "--config", "caption_scenes", "--config", "tiny", *connector("MyConnector"))
+    assert code == 2
+    assert err.endswith(f"mmt fit: error: model.captioner.connector: {said}\n")
+
+
+@pytest.mark.parametrize(
     ("name", "lacks"),
     [
         ("Unannotated", "def split(self, name: str) -> Pairs"),

@@ -130,6 +130,9 @@ def explain(message: str, keys: Iterable[str]) -> str:
     dull = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line for line in lines if not line.startswith(dull)]
     lines = [line for line in lines if not line.startswith(("Parser key", "Problem with given class_path"))]
+    lines = [line for line in lines if not line.startswith("Expected a path but")] or lines  # a class was meant
+    if absent := re.search(r"No module named '([\w.]+)'", message):
+        lines.append(f"no {absent[1].partition('.')[0]}.py in this folder, on PYTHONPATH, or installed")
     reason = "; ".join(lines) or message.strip().splitlines()[-1]
     return f"{'.'.join(trail)}: {reason}" if trail else reason
 
