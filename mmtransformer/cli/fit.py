@@ -88,7 +88,9 @@ def run(name: str, words: Sequence[str]) -> int:
         fit(cli)
         return 0
     # Lightning's table has a column for each split, and every number in all of them
-    found = getattr(cli.trainer, name)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint(cli), verbose=False)
+    found = getattr(cli.trainer, name)(
+        cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint(cli, scored=True), verbose=False
+    )
     metrics = {key: value for some in found for key, value in some.items()}
     width = max(map(len, metrics), default=0)
     if metrics and cli.trainer.is_global_zero:
@@ -258,8 +260,12 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     )
 
 
-def checkpoint(cli: "LightningCLI") -> str | None:
+def checkpoint(cli: "LightningCLI", *, scored: bool = False) -> str | None:
     """The checkpoint to go on from: the one that is named, or the newest whole one of the run's folder.
+
+    Args:
+        cli: The run.
+        scored: Whether its weights are scored: then the run's own is taken unasked, and said.
 
     Raises:
         ValueError: If a checkpoint is asked for and there is none.
@@ -269,15 +275,17 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     named, resume = cli.config.get("ckpt_path"), cli.config.get("resume")
     if named not in (None, "last"):
         return str(check_file(named, "checkpoint"))
-    if not (named or resume):
+    if not (named or resume or scored):
         return None
     folder = Path(cli.trainer.default_root_dir) / "checkpoints"
     found, problems = newest(folder)
     for problem in problems:
         say(f"passed over {problem}")
-    if found is None and (problems or not resume):
+    if found is None and (problems or named):
         raise ValueError(f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew")
-    say(f"going on from {found}" if found else f"{folder}: nothing to go on from, the run starts anew")
+    anew = "the weights are those that the recipe starts with" if scored else "the run starts anew"
+    there = f"{'the weights are of' if scored else 'going on from'} {found}"
+    say(there if found else f"{folder}: no checkpoint, {anew}")
     return str(found) if found else None
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,8 @@ def _translate(name: str, words: Sequence[str]) -> int:
     texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("there is nothing to translate: name a text, or pipe lines into the command")
+    if file := next((text for text in args.texts if _is_file(text)), None):
+        raise ValueError(f"{file} is a file, not a text: mmt translate ... < {file} translates its lines")
     translator = Translator.from_pretrained(args.model, device=args.device)
     said = translator(texts, args.language, **generation_changes(args))
     for text, translation in zip(texts, said, strict=True):
@@ -180,3 +183,9 @@ def _parity(name: str, words: Sequence[str]) -> int:
     report = compare(args.model, args.images, prompt=args.prompt, **sizes)
     say(report.table())
     return 0 if report.equal else 1
+
+
+def _is_file(text: str) -> bool:
+    with suppress(OSError, ValueError):  # too long for a name, or with signs that none has
+        return Path(text).is_file()
+    return False

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeVar, cast, get_args
 
 import torch
 from PIL.Image import Image
@@ -108,7 +108,9 @@ def resolve_precision(
             raise ValueError(f"dtype ({name}) and precision ({precision}) say two things: give one of them")
         precision = words[name]
     if precision != "auto":
-        return cast(Precision, precision)  # An unknown one is refused when the model is made ready.
+        if precision not in get_args(Precision):
+            raise ValueError(f'precision must be one of {", ".join(get_args(Precision))}, not "{precision:.40}"')
+        return cast(Precision, precision)
     where = pick_device(device)
     if decoder is not None and int8_pays(decoder, where):
         sys.stderr.write("precision: int8 on cpu, whose cache is smaller than the language model\n")

@@ -37,6 +37,8 @@ def test_two_names_say_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve_precision("fp32", None, None) == resolve_precision("fp32", "float32", None) == "fp32"
     assert resolve_precision("bf16", "bfloat16", None) == resolve_precision("fp32", str(torch.bfloat16), None) == "bf16"
     assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match='precision must be one of fp32, bf16, int8, not "bf15"'):
+        resolve_precision("bf15", None, None)
     with pytest.raises(ValueError, match='dtype must be one of auto, float32, bfloat16, not "float16"'):
         resolve_precision("fp32", "float16", None)
     with pytest.raises(ValueError, match=r"dtype \(float32\) and precision \(int8\) say two things"):

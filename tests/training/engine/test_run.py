@@ -118,3 +118,6 @@ def test_a_run_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture
     for metric in ("val/loss ", "val/perplexity ", "compositional/loss_blank_image "):  # each once, of all splits
         assert len(re.findall(rf"^{metric} +\d[\d.]*$", said, re.MULTILINE)) == said.count(metric) == 1, said
     assert contents(folder) == before  # the log of the training too
+    assert mmt("validate", folder) == 0  # the run's own weights, unasked
+    unasked = capsys.readouterr().out
+    assert unasked.replace(f"the weights are of {folder}/checkpoints/last.ckpt\n", "") == said != unasked

@@ -241,6 +241,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert main([*words, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row == {"text": texts[1], "language": "ko", "translation": said[1]}
+    (tmp_path / "texts.txt").write_text(texts[0])
+    assert main([*words, str(tmp_path / "texts.txt")]) == 2
+    assert f"< {tmp_path / 'texts.txt'} translates its lines" in capsys.readouterr().err
+    assert main([*words, "별" * 300]) == 2  # too long for the name of a file
+    assert "601 tokens" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(words) == 2
     assert "nothing to translate" in capsys.readouterr().err
