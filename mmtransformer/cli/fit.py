@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtransformer.cli.guards.errors import cause_of, check_file, explain
+from mmtransformer.cli.guards.errors import cause_of, check_checkpoint, explain
 from mmtransformer.cli.guards.own_modules import look_here, with_imports
 from mmtransformer.cli.guards.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.cli.recipes import cap_sizes, check_whole, with_files, with_tower
@@ -274,7 +274,7 @@ def checkpoint(cli: "LightningCLI", *, scored: bool = False) -> str | None:
 
     named, resume = cli.config.get("ckpt_path"), cli.config.get("resume")
     if named not in (None, "last"):
-        return str(check_file(named, "checkpoint"))
+        return str(check_checkpoint(named))
     if not (named or resume or scored):
         return None
     folder = Path(cli.trainer.default_root_dir) / "checkpoints"

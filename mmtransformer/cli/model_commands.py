@@ -120,9 +120,13 @@ def _export(name: str, words: Sequence[str]) -> int:
     add = parser.add_argument
     _add_model(parser, "a captioner's folder, or its name on the hub")
     add("--to", choices=("transformers", "open_clip"), help="the library that is to read it (the family's own)")
-    add("out", metavar="OUT", help="the folder to write")
+    add("out", nargs="?", metavar="OUT", help="the folder to write")
     add("--family", metavar="NAME", help="which family to write it as, where a captioner of this library fits several")
     args = parser.parse_intermixed_args(list(words))  # MODEL --to transformers OUT
+    if args.out is None and args.model is not None:  # the only word is where to
+        args.place, args.out = None, args.place
+    if args.out is None:
+        parser.error("the folder to write is missing: mmt export MODEL OUT")
     args.model = _model(parser, args)
 
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -158,9 +162,12 @@ def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    if (args.model is None) == (args.place is None):
-        parser.error("one model is needed, as the first word or behind --model")
-    return args.place if args.model is None else args.model
+    given = [word for word in (args.model, args.place) if word is not None]
+    if not given:
+        parser.error("a model is needed, as the first word or behind --model")
+    if len(given) > 1:
+        parser.error("the model is there twice, as the first word and behind --model: leave one out")
+    return given[0]
 
 
 def _parity(name: str, words: Sequence[str]) -> int:

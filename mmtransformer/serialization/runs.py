@@ -31,6 +31,24 @@ def refuse_run(folder: Path) -> None:
     )
 
 
+def refuse_no_checkpoint(path: Path) -> None:
+    """Refuses the folder of a model, or of its run, or the model's weights, in the place of a checkpoint.
+
+    Raises:
+        ValueError: Naming the run's checkpoint, where it has one.
+    """
+    weights = path.suffix == ".safetensors" and path.is_file()
+    if not (weights or path.is_dir()):
+        return
+    folder = path.parent if weights else path
+    kind = "a run's folder" if (folder / "checkpoints").is_dir() else "a folder"
+    kind = "a model's weights" if weights else "a model's folder" if (folder / _MODEL).exists() else kind
+    lasts = (run / "last.ckpt" for run in (folder, folder / "checkpoints", folder.parent / "checkpoints"))
+    last = next(filter(Path.is_file, lasts), None)
+    way = f"; the checkpoint is {last}" if last else ", and a checkpoint is a file, runs/NAME/checkpoints/last.ckpt"
+    raise ValueError(f"{path} is {kind}{way}")
+
+
 def maker(folder: Path) -> str:
     """Of a folder that is not there and is called as a recipe's model is, what makes it, behind "no such folder"."""
     match folder.parts:

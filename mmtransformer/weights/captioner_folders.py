@@ -196,8 +196,13 @@ def export_captioner(
         tokenizer.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
         return name
-    what = f"{with_article(type(captioner).__name__)} cannot be written for {reader or 'others'}"
-    raise ValueError(f"{what}: {'; '.join(why) or 'no family'}")
+    what = (
+        f"{with_article(type(captioner).__name__)} with these parts cannot be written for {reader or 'other libraries'}"
+    )
+    raise ValueError(
+        f"{what}: a public model can, or one trained on from it, or one with the parts of a public family. The folder "
+        f"it is saved in can be shared as it is: mmtransformer reads it. {'; '.join(why) or 'No family is like it'}"
+    )
 
 
 def _ids(tokenizer: Tokenizer, transform: ImageTransform, family: str) -> dict[str, Any]:

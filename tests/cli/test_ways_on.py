@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_of_a_run_that_stopped_the_way_to_its_model_is_said(
         code, _, err = mmt(capsys, "caption", "a.png", "--model", str(named))
         assert (code, err.endswith(f"{way}\n")) == (2, True), err
     assert "--resume` goes on with it" in mmt(capsys, "caption", "a.png", "--model", str(run))[2]
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_names_the_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/mine")
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(model, run / "model")
+    last = run / "checkpoints/last.ckpt"
+    words = ("fit", "--config", "caption_scenes", "--config", "tiny", "--ckpt_path")
+    way = ", and a checkpoint is a file, runs/NAME/checkpoints/last.ckpt\n"
+    assert mmt(capsys, *words, str(run / "model"))[2].endswith(f"{run}/model is a model's folder{way}")
+    last.touch()
+    for named, kind in (
+        (run / "model", "a model's folder"),
+        (run / "model/model.safetensors", "a model's weights"),
+        (run, "a run's folder"),
+        (run / "checkpoints", "a folder"),
+    ):
+        code, _, err = mmt(capsys, *words, str(named))
+        assert (code, err.endswith(f"{named} is {kind}; the checkpoint is {last}\n")) == (2, True), err
+    assert mmt(capsys, *words, str(run / "modell"))[2].endswith("no such checkpoint\n")
 
 
 def test_a_file_in_the_place_of_a_model_names_its_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ def test_an_own_captioner_is_written_with_its_tokenizers_ids(tmp_path: Path) -> 
     other = VisionEncoderDecoder(tower, TextDecoder(300, 24, 1, 4, context_dim=24, max_len=32))
     with pytest.raises(ValueError, match=r"BLIP's vision tower has a class token \(this: none\), patches .*conv"):
         export_captioner(other, tokenizer, ImageTransform(16), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"a public model can, .* can be shared as it is: .*, patches\.stem='conv'$"):
+        export_captioner(other, tokenizer, ImageTransform(16), tmp_path / "other")
     with pytest.raises(ValueError, match=r"^gpt2 is no family of a VisionEncoderDecoder, which fits .*vision-encoder"):
         export_captioner(other, tokenizer, ImageTransform(16), tmp_path / "other", "gpt2")
     assert not (tmp_path / "other").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmtransformer.layers.config import NOT_HERE
+from mmtransformer.serialization.runs import refuse_no_checkpoint
 
 OTHER_NAMES = {
     "learning_rate": "lr", "batch": "batch_size", "per_device_train_batch_size": "batch_size", "wd": "weight_decay",
@@ -232,14 +233,15 @@ def _signature(owner: Any) -> Any:
         return None
 
 
-def check_file(path: str | Path, what: str) -> Path:
-    """The path, if there is such a file.
+def check_checkpoint(path: str | Path) -> Path:
+    """The path, if it is a file that may be a checkpoint.
 
     Raises:
-        ValueError: If not, with a file of a similar name, if there is one.
+        ValueError: If not, with the checkpoint of the run that is named, or a file of a similar name, if there is one.
     """
     path = Path(path)
+    refuse_no_checkpoint(path)
     if path.is_file():
         return path
-    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ValueError(f"{path}: no such {what}{suggest(path.name, near)}")
+    near = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    raise ValueError(f"{path}: no such checkpoint{suggest(path.name, near)}")

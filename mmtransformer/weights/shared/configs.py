@@ -1,6 +1,7 @@
 """Configs of other projects: what must be there, and what must not be otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -81,6 +82,16 @@ def only(config: Mapping[str, Any], context: str, expected: Mapping[str, Any], k
             raise UnsupportedModel(f"{context}: {name} is {config[name]!r}, and {kind} has only {value!r}")
 
 
+def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
+    """What differs, as NAME=VALUE; of settings of one kind those alone that do."""
+    if is_dataclass(found) and type(found) is type(wanted):
+        for field in fields(found):
+            inner = f"{name}.{field.name}"
+            yield from _differences(inner, getattr(found, field.name), getattr(wanted, field.name))
+    elif found != wanted:
+        yield f"{name}={found!r}"
+
+
 def only_these(context: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
     """Checks a model that is to be written as another project's: each of its traits is the one that the other has.
 
@@ -91,5 +102,5 @@ def only_these(context: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
     Raises:
         ValueError: naming the traits that differ.
     """
-    if differs := [f"{name}={found!r}" for name, (found, wanted) in facts.items() if found != wanted]:
+    if differs := [text for name, values in facts.items() for text in _differences(name, *values)]:
         raise ValueError(f"{context} has nothing like {', '.join(differs)}")

@@ -228,6 +228,9 @@ def test_export(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_index is not None
     code, _, err = mmt(capsys, "export", "--model", str(base), str(tmp_path / "out"))
     assert (code, "is there already" in err) == (2, True)
-    for words in ([str(tmp_path / "new")], [str(base), "--model", str(base), str(tmp_path / "new")]):
+    missing, twice = "the folder to write is missing: mmt export MODEL OUT", "the model is there twice"
+    for words in ([], [str(base)], ["--model", str(base)], ["--to", "transformers", str(base)]):
         code, _, err = mmt(capsys, "export", *words)
-        assert (code, "one model is needed, as the first word or behind --model" in err) == (2, True)
+        assert (code, missing in err) == (2, True)
+    code, _, err = mmt(capsys, "export", str(base), "--model", str(base), str(tmp_path / "new"))
+    assert (code, twice in err) == (2, True)

@@ -188,9 +188,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown: git\.extra"):
         git_from_state(config, state | {"git.extra": torch.ones(1)}, "it")
     tower, text = ViT(16, 8, 12, 1, 2), TextDecoder(VOCAB, 12, 1, 2, norm=NormConfig(pre=False, embed=True))
-    with pytest.raises(ValueError, match=r"CLIP's vision tower has nothing like .*patches="):
+    with pytest.raises(ValueError, match=r"CLIP's vision tower has nothing like .*patches"):
         to_git(Git(tower, text))
-    with pytest.raises(ValueError, match=r"transformers' GIT has nothing like norm="):
+    with pytest.raises(ValueError, match=r"transformers' GIT has nothing like norm.pre=True"):
         to_git(Git(tower, TextDecoder(VOCAB, 12, 1, 2)))
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(ValueError, match='model_type is "blip", not "git"'):

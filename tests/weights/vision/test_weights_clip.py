@@ -123,11 +123,11 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown: strange \(1 in all\)"):
         vision_from_clip(model.config.to_dict(), {"strange": torch.ones(2), **state}, "here")
     for vit, said in (
-        (ViT(16, 8, 16, 1, 2), "has nothing like patches="),
+        (ViT(16, 8, 16, 1, 2), "has nothing like patches"),
         (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", num_registers=1), "num_registers=1"),
         (
             ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(bias=False, pre_norm=True), output=ViTOutputConfig("none")),
-            "output=",
+            "output.norm='none'",
         ),
         (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", block=ViTBlockConfig("swiglu")), "activation=False"),
         (ViT((16, 24), 8, 16, 1, 2, class_token=False, pool="mean"), "image_size="),
