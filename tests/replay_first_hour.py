@@ -228,7 +228,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check bilingual", 0, ("24 pictures, 48 captions", "caption=캡션+영어 캡션")),
     ("check doubled", 0, ("captions that a picture has several times",)),
     ("check leftover", 0, ("원본.NEF is of no kind that is read", "left out 1 of 25 rows")),
-    (f"evaluate {MODEL} --data half --split train", 2, ("`--max-bad-fraction 0.5` elsewhere",)),
+    (f"evaluate {MODEL} --data half --split train", 2, ("`--max-bad-fraction 0.5` in `mmt evaluate`",)),
     (f"evaluate {MODEL} --data half --split train --max-bad-fraction 0.5", 0, ("left out 12 of 24 rows", "BLEU-4")),
     (f"evaluate {MODEL} --data ids --limit 0", 2, ("--limit must be at least 1",)),
     (f"caption @목록.txt {MODEL}", 0, ("2 pictures captioned",)),

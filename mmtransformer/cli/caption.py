@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mmtransformer.cli.many import ManyImages
@@ -17,7 +18,7 @@ from mmtransformer.cli.options import (
     command_parser,
     generation_changes,
 )
-from mmtransformer.serialization.printable import counted, say
+from mmtransformer.serialization.printable import counted, program, say
 from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
@@ -175,9 +176,16 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShotProm
     """The examples of --examples: those to train on where the data names any, else all."""
     from mmtransformer.data.files.read_options import ReadOptions
     from mmtransformer.data.open_sources import open_pairs
-    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder
+    from mmtransformer.pipelines.few_shot import FewShotPromptBuilder, check_reader
 
-    source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])
+    check_reader(model.model)
+    try:
+        source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])
+    except ValueError as error:
+        if "--" not in str(error):
+            raise
+        way = f"repair them (`{program()} check {quote(args.examples)}` shows all), or make a CSV in UTF-8 of them"
+        raise ValueError(f"--examples are read without the options of other commands: {way}. {error}") from error
     splits = source.splits()
     return FewShotPromptBuilder(
         source.split("train" if "train" in splits else splits[0]),

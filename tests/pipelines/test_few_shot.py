@@ -32,6 +32,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import with_prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
+from mmtransformer.serialization.printable import program
 from support.cli import mmt
 
 TRANSFORM = ImageTransform(16)
@@ -346,7 +347,13 @@ def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, caps
     assert "num_shots (10) must be from 0 to the number of examples (9)" in err
     decoder = TextDecoder(310, 12, 1, 2, max_len=64, context_dim=12)
     other = VisionEncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
+    (tmp_path / "table.csv").write_bytes("image,caption\na.png,빨간 개\n".encode("cp949"))
+    code, _, err = mmt(capsys, *words, "--examples", str(tmp_path / "table.csv"))
+    way = f"repair them (`{program()} check {tmp_path}/table.csv` shows all), or make a CSV in UTF-8"
+    assert (code, way in err, "in `mmt fit`: --data.read.encoding" in err) == (2, True, True), err
     words[3] = str(saved(tmp_path / "other", other))
+    code, _, err = mmt(capsys, *words, "--examples", str(tmp_path / "table.csv"))  # of which data are of no use to it
+    assert (code, "reads the pictures of a text as a whole" in err) == (2, True), err
     code, _, err = mmt(capsys, *words, *shot)
     assert code == 2
     assert "VisionEncoderDecoder reads the pictures of a text as a whole" in err

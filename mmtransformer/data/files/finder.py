@@ -154,7 +154,8 @@ class _Reader:
             if full is None:
                 return "refused path", f"{name[:120]!r} is not below {self.index.files.root.name}, the pictures' folder"
         if full is None:
-            way = "give a folder higher up as the root, or name the pictures' folder: --image-folder"
+            way = "give a folder higher up as the root, or name the pictures' folder: --image-folder "
+            way += "(data.read.image_folder)"
             return "refused path", f"{name[:120]!r} climbs out of the root: {way}"
         path = join("", name) or full
         found = self._look(path, full)

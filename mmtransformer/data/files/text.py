@@ -94,7 +94,8 @@ def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
             break
     return (
         f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8, or "
-        f"say --encoding {name} (in `mmt fit`: --data.read.encoding {name})"
+        f"say --encoding {name} (in `mmt fit`: --data.read.encoding {name}; in Python: "
+        f"read=ReadOptions(encoding='{name}'))"
     )
 
 

@@ -32,7 +32,8 @@ def _more(bad: int, total: int) -> str:
     percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
     share = f"{percent / 100:g}"
     return (
-        f"`--data.loader.max_bad_fraction {share}` in `mmt fit`, `--max-bad-fraction {share}` elsewhere, allows as many"
+        f"`--data.loader.max_bad_fraction {share}` in `mmt fit`, `--max-bad-fraction {share}` in `mmt evaluate`, "
+        f"max_bad_fraction={share} in Python allow as many"
     )
 
 

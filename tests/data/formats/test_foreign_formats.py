@@ -225,7 +225,9 @@ def test_encodings_are_named_and_the_guess_is_said(tmp_path: Path) -> None:
     names = draw(tmp_path)
     text = "\n".join(["파일명,캡션", *(f"{name},빨간 개 {i}" for i, name in enumerate(names))])
     (tmp_path / "c.csv").write_bytes(text.encode("cp949"))
-    said = r"it may be CP949.*--encoding cp949 .in `mmt fit`: --data\.read\.encoding cp949"
+    said = (
+        r"it may be CP949.*--encoding cp949 .in `mmt fit`: --data\.read\.encoding cp949; .*Options\(encoding='cp949'\)"
+    )
     for name in (None, "utf8", "UTF-8", "utf-8-sig"):  # what is read unless told
         with pytest.raises(ValueError, match=said):
             PairFiles(tmp_path, ReadOptions(encoding=name))

@@ -48,7 +48,8 @@ def test_a_report_counts_each_row_once_and_names_the_first() -> None:
     with pytest.raises(TooManyErrors, match=r"c.csv: 7 of 300 rows can't be used \(2.3%, more than 2.0% allowed"):
         report.enforce("c.csv", 0.02)
     with pytest.raises(
-        TooManyErrors, match=r"`--data\.loader\.max_bad_fraction 0\.03` in .*, `--max-bad-fraction 0\.03` elsewhere"
+        TooManyErrors,
+        match=r"max_bad_fraction 0\.03` in `mmt fit`, `--max-bad-fraction 0\.03` in .*, max_bad_fraction=0\.03 in P",
     ):
         report.enforce("c.csv", 0.02)
 
