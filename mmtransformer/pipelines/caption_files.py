@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.printable import json_text
-from mmtransformer.serialization.writing import check_place, naming, write_whole
+from mmtransformer.serialization.writing import check_place, naming, one_at_a_time, write_whole
 from mmtransformer.text.detokenize import detokenize
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Lines(ResultFile[T]):
     """A file of lines, to which lines are added: JSON lines, or a table (`.csv`).
 
     Until the first results are written the file is as it was. It is left with those of other pictures, without a last
-    line that was cut off.
+    line that was cut off. Of a picture that another process has written of meanwhile, nothing is added.
 
     Args:
         path: The file.
@@ -114,8 +114,10 @@ class Lines(ResultFile[T]):
         self._overwrite, self._table = overwrite, path.suffix.lower() == ".csv"
         self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
         given = {images.name(i) for i in range(len(images))} if overwrite else set[str]()
+        self._seen = self._state()  # before it is read: what comes in between is looked at again
         header, rows, cut = self._read(path.read_bytes() if path.exists() else b"")
         self._done = {name: language for name, language, _ in rows if name not in given and language is not None}
+        self._theirs: set[str] = set()
         self._earlier: dict[str, str] = {}
         for name, _, row in rows:
             if name in given:
@@ -130,9 +132,9 @@ class Lines(ResultFile[T]):
 
     def keep(self, i: int) -> bool:
         """Puts the earlier lines of picture i back."""
-        if lines := self._earlier.get(self._images.name(i)):
+        if lines := self._earlier.pop(self._images.name(i), ""):
             if self._anew is None:
-                self._add(lines)
+                self._add(self._images.name(i), lines)
             else:
                 self._anew += lines
         return bool(lines)
@@ -145,21 +147,48 @@ class Lines(ResultFile[T]):
         """Adds the lines of picture i."""
         name = self._images.name(i)
         if self._table:
-            self._add("".join(self._line([name, *row]) for row in self._form.to_rows(said)))
+            self._add(name, "".join(self._line([name, *row]) for row in self._form.to_rows(said)))
         else:
-            self._add(self._line(self._form.json_line(name, said)))
+            self._add(name, self._line(self._form.json_line(name, said)))
 
-    def _add(self, text: str) -> None:
-        # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
-        data = ((self._anew or "") + text).encode("utf-8", "backslashreplace")
-        if self._anew is not None:
-            write_whole(self._path.resolve() if self._path.is_symlink() else self._path, data)
-            self._anew = None
-            if self._overwrite:
-                self.way_on = "the same call without --overwrite goes on with the others"
+    def _add(self, name: str, text: str) -> None:
+        with naming(self._path), one_at_a_time(self._path.parent):
+            self._look_again()
+            if name in self._theirs:
+                return
+            # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
+            data = ((self._anew or "") + text).encode("utf-8", "backslashreplace")
+            if self._anew is not None:
+                write_whole(self._path.resolve() if self._path.is_symlink() else self._path, data)
+                self._anew = None
+                if self._overwrite:
+                    self.way_on = "the same call without --overwrite goes on with the others"
+            else:
+                with self._path.open("ab") as file:
+                    file.write(data)
+            self._seen = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        """Which file it is, and its size in bytes; none at all, (0, 0)."""
+        found = self._path.stat() if self._path.exists() else None
+        return (found.st_ino, found.st_size) if found is not None else (0, 0)
+
+    def _look_again(self) -> None:
+        """Reads what other processes have written since: it stays, and its pictures are `_theirs`."""
+        (file, size), now = self._seen, self._state()
+        if now == self._seen or not now[1]:
             return
-        with naming(self._path), self._path.open("ab") as file:
-            file.write(data)
+        whole = self._anew is not None or now[0] != file or now[1] < size
+        with self._path.open("rb") as lines:
+            lines.seek(0 if whole else size)
+            data = lines.read()
+        header = self._read(b"")[0].encode()
+        begun, rows, _ = self._read(data if whole else header + data)
+        rows = [(name, self._line(row)) for name, _, row in rows]
+        rows = [(name, line) for name, line in rows if line not in self._earlier.get(name, "")]
+        self._theirs |= {name for name, _ in rows if name not in self._done}
+        if self._anew is not None:
+            self._anew = begun + "".join(line for _, line in rows)
 
     @staticmethod
     def _line(row: str | Sequence[str]) -> str:

@@ -41,6 +41,24 @@ def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) ->
 
 
 @contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in here for the same folder; on disks and systems without locks it does not."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Writes a folder whole or not at all: an error on the way leaves nothing, nor do Ctrl+C and SIGTERM.
 

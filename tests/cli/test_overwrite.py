@@ -21,6 +21,7 @@ from mmtransformer import (
     ViT,
 )
 from mmtransformer.data.image_files import ImageFiles
+from mmtransformer.pipelines.caption_files import CAPTIONS, Lines
 from support.cli import mmt
 
 PICTURES = [f"photos/{i}.png" for i in range(5)]
@@ -165,6 +166,26 @@ def test_scores_that_are_refused_leave_their_captions(capsys: pytest.CaptureFixt
         assert (code, Path("said.jsonl").read_bytes()) == (2, before)
     assert mmt(capsys, *words, "--overwrite", "--num-beams", "2")[0] == 0
     assert len(Path("said.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+def test_two_calls_at_once_write_of_each_picture_once(saved: Path, out: str) -> None:
+    images, found = ImageFiles(["photos"]), ImageCaptioner.from_pretrained(saved / "caption", device="cpu")
+    said = found([f"photos/{i}.png" for i in range(5)])
+    first, second = (Lines(Path(out), CAPTIONS, images, overwrite=False) for _ in range(2))  # both find no file
+    turns = (0, first), (1, second), (1, first), (2, first), (2, second), (0, second), (3, second), (3, first)
+    for i, file in turns:
+        file.write(i, said[i])
+    assert {name: len(lines) for name, lines in rows(out).items()} == dict.fromkeys(PICTURES[:4], 1)
+    again = Lines(Path(out), CAPTIONS, ImageFiles([PICTURES[0]]), overwrite=True)
+    others = Lines(Path(out), CAPTIONS, ImageFiles(PICTURES[1:3]), overwrite=True)
+    before = rows(out)
+    others.write(0, said[4])
+    again.write(0, said[4])
+    others.write(1, said[4])
+    after = rows(out)
+    assert {name: len(lines) for name, lines in after.items()} == dict.fromkeys(after, 1)
+    assert {name for name in PICTURES[:4] if after[name] != before[name]} == {*PICTURES[:3]}
 
 
 def test_a_path_without_a_file_is_told_once_and_stays_in_no_list(
