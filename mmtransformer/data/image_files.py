@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmtransformer.data.files.archives import FileError, Files
+from mmtransformer.data.files.archives import FileError, Files, remedy
 from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
@@ -91,7 +91,7 @@ class ImageFiles:
             return self._files[place[0]].read(place[1])
         except FileError as error:
             said = str(error).removeprefix(f"{place[1].path}: ")
-            raise ImageError(f"{name}: can't be read ({said}); replace it") from error
+            raise ImageError(f"{name}: can't be read ({said}); {remedy(error)}") from error
 
     def stamp(self, i: int) -> tuple[int, int] | None:
         """What tells without reading it that picture i has changed: its size in bytes, and when it was last written in

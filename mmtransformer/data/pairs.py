@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.archives import Files, remedy
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split
 from mmtransformer.data.files.read_options import ReadOptions, check_share
@@ -84,7 +84,7 @@ class PairSplit:
             data = self._files.read(place) if isinstance(place, Entry) else place[0].read(*place[1:])
         except (OSError, ValueError) as error:
             said = str(error).removeprefix(f"{label}: ")
-            raise ImageError(f"{label}: can't be read ({said}); replace it") from error
+            raise ImageError(f"{label}: can't be read ({said}); {remedy(error)}") from error
         if data is None:
             raise ImageError(f"{label}: the table holds no bytes in this row")
         return data, label

@@ -20,7 +20,9 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
+from mmtransformer.data.files.archives import Files
 from mmtransformer.data.image_files import ImageFiles
+from mmtransformer.images import ImageError
 from mmtransformer.pipelines.caption_files import CAPTIONS, Lines
 from support.cli import mmt
 
@@ -218,3 +220,12 @@ def test_what_options_are_called_elsewhere_is_hinted_at(capsys: pytest.CaptureFi
     ):
         _, _, err = mmt(capsys, command, "photos", *(["--model", model] * (command == "caption")), word, "5")
         assert f'did you mean "{mine}"' in err
+
+
+def test_a_picture_that_may_not_be_read_names_its_permissions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Files, "_read", refused)
+    with pytest.raises(ImageError, match=r"can't be read \(Permission denied\); check its permissions"):
+        ImageFiles(["photos"]).data(0)

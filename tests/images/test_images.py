@@ -464,6 +464,8 @@ def test_folders_pipes_devices_and_absent_files_are_refused_at_once(tmp_path: Pa
 
 
 def test_addresses_and_wrong_types_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"^/9j/4AAQA{32}\.\.\.: no path; of base64 give base64\.b64decode\(text\)$"):
+        load("/9j/4AAQ" + 7000 * "A")
     with pytest.raises(ImageError, match=r"https://example.com/a.jpg: an address, not a file; download it first"):
         load("https://example.com/a.jpg")
     for path in ("file:///photos/a.jpg", "data:image/png;base64," + "A" * 5000):

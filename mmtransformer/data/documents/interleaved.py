@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmtransformer.data.documents.document_records import MARK, LineError, LineNote, document_files, read_pieces
 from mmtransformer.data.documents.documents import Document
-from mmtransformer.data.files.archives import FileError, Files
+from mmtransformer.data.files.archives import FileError, Files, remedy
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
@@ -98,7 +98,7 @@ class InterleavedSplit:
             data = self._files.read(place)
         except (OSError, FileError) as error:
             said = str(error).removeprefix(f"{place.path}: ")
-            raise ImageError(f"{label}: can't be read ({said}); replace it") from error
+            raise ImageError(f"{label}: can't be read ({said}); {remedy(error)}") from error
         return load(data, name=label, at_least=at_least)
 
 

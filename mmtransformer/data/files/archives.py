@@ -34,6 +34,12 @@ class FileError(ValueError):
     """A file that is there but can't be read; the message names it."""
 
 
+def remedy(error: BaseException) -> str:
+    """What to do about a file that can't be read."""
+    denied = isinstance(error, PermissionError) or isinstance(error.__context__, PermissionError)
+    return "check its permissions" if denied else "replace it"
+
+
 class Selection(str):
     """The path of a folder of which some files are meant, and no others.
 
