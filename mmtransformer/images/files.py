@@ -211,10 +211,8 @@ def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes
             raise ImageError(f"{name:.99}: an address, not a file; download it first, or give path or bytes") from error
         if isinstance(error, IsADirectoryError):
             raise ImageError(f"{name}: a folder, not a picture; give the path of a file") from error
-        if len(name) > 1000:
-            raise ImageError(f"{name:.40}...: no path; of base64 give base64.b64decode(text)") from error
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"{name}: cannot be read ({reason}); check the path and its permissions") from error
+        way = "check the path and its permissions" if len(name) < 1000 else "of base64 give base64.b64decode(text)"
+        raise ImageError(f"{name:.999}: cannot be read ({getattr(error, 'strerror', 0) or error}); {way}") from error
     raise ImageError(f"{name}: a pipe or a device, not a picture; give the path of a file")
 
 

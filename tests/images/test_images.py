@@ -464,7 +464,7 @@ def test_folders_pipes_devices_and_absent_files_are_refused_at_once(tmp_path: Pa
 
 
 def test_addresses_and_wrong_types_are_refused() -> None:
-    with pytest.raises(ImageError, match=r"^/9j/4AAQA{32}\.\.\.: no path; of base64 give base64\.b64decode\(text\)$"):
+    with pytest.raises(ImageError, match=r"^/9j/4AAQA{991}: .*; of base64 give base64\.b64decode\(text\)$"):
         load("/9j/4AAQ" + 7000 * "A")
     with pytest.raises(ImageError, match=r"https://example.com/a.jpg: an address, not a file; download it first"):
         load("https://example.com/a.jpg")
