@@ -22,6 +22,8 @@ from mmtransformer.generation.captions import CaptionResult, PromptBuilder, writ
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform
 from mmtransformer.pipelines.base import check_cores, check_count, fast_autocast
+from mmtransformer.serialization.model_kinds import imported_modules
+from mmtransformer.serialization.pretrained import Pretrained, import_again
 from mmtransformer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -262,7 +264,8 @@ class CaptionJob:
         for device in devices:
             free.put(device)
         cores = max(1, torch.get_num_threads() // len(devices))
-        pool = ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=(self, free, cores))
+        given = (imported_modules(Pretrained), self, free, cores)
+        pool = ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=given)
         waiting = deque[Future[list[tuple[int, Said | ImageError]]]]()
         try:
             while True:
@@ -298,7 +301,8 @@ _mine: dict[str, Any] = {}
 """What a process of several holds."""
 
 
-def _begin(job: CaptionJob, free: Any, cores: int) -> None:
+def _begin(modules: Sequence[str], job: CaptionJob, free: Any, cores: int) -> None:
+    import_again(modules)
     device = free.get()
     if device == "cpu":
         torch.set_num_threads(cores)

@@ -69,6 +69,13 @@ def own_modules(model: nn.Module) -> list[str]:
     return sorted({kind.__module__ for kind in kinds if is_own(kind)})
 
 
+def imported_modules(base: type) -> list[str]:
+    """The modules of all own classes of the kind `base` that this process has imported: what another needs as well."""
+    below = base.__subclasses__()
+    own = {kind.__module__ for kind in below if is_own(kind)} - {"__main__"}
+    return sorted(own.union(*map(imported_modules, below)))
+
+
 def not_imported(name: object, where: str) -> ValueError:
     """The error that a file names a class that is not there.
 

@@ -7,7 +7,8 @@ read off the model, and one that was built by hand is saved as well as one from 
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
@@ -122,6 +123,13 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
     except Exception as error:  # numbers that make no sense bring out almost any
         raise ValueError(f"{where}: {name} cannot be built: {said(error)}") from error
+
+
+def import_again(modules: Iterable[str]) -> None:
+    """Imports in a process what the one that began it has (`imported_modules`): a model may have classes of them."""
+    for name in modules:
+        with suppress(ImportError):  # If it has, its loading names the one that is not there.
+            importlib.import_module(name)
 
 
 def find_folder(

@@ -1,5 +1,6 @@
 """Modules of the user's own that lie in the working folder: recipes name their classes, and commands import them."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,12 @@ def test_an_own_connector_is_trained_saved_and_captions(here: Path, capsys: pyte
     code, out, err = mmt(capsys, "caption", "a.png", "--model", "saved", *words)
     assert (code, err) == (0, "")
     assert out
+    if (os.cpu_count() or 1) > 1:
+        shutil.copy("a.png", "b.png")
+        two = [*words, "--device", "cpu", "--devices", "2", "--batch-size", "1"]
+        code, both, err = mmt(capsys, "caption", "a.png", "b.png", "--model", "saved", *two)
+        assert (code, err) == (0, "2 pictures captioned\n")
+        assert both.count(out.strip()) == 2
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])
