@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from mmtransformer import (
     CLIP,
@@ -196,7 +197,9 @@ def test_nobody_reads_on(model: Path, pairs: Path) -> None:
 
 
 def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()), model=SimpleNamespace(has_heatmaps=False))
+    blind = nn.Module()
+    blind.has_heatmaps = False  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()), model=blind)
     words = shlex.split(how_to(tmp_path / "내 실행 1", model, Evaluation(GenerationConfig())))
     assert words[words.index("--model") + 1] == str(tmp_path / "내 실행 1" / "model")
     assert "--heatmap" not in words
