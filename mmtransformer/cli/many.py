@@ -115,6 +115,8 @@ class ManyImages:
             said = "".join(f"in {code}, " for code in sorted({out.language(i) for i in already} - {""})) if out else ""
             how = f"{said}by the options of an earlier call; --overwrite writes them anew"
             parts.append(f"{len(already):,} had {what} there already ({how})")
+        if out and out.left_out:
+            parts.append(f"{out.left_out:,} of them another call had written meanwhile: its {what} stay")
         if images.others:
             parts.append(f"{counted(images.others, 'other file')} left alone")
         if there:

@@ -43,7 +43,8 @@ def add_lora(
     except ImportError as error:
         raise ValueError("add_lora needs peft: pip install peft") from error
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-    if done := [n for n, m in model.named_modules() if hasattr(m, "lora_A") and n.endswith(tuple(target_modules))]:
+    ends = tuple(f".{name}" for name in target_modules)
+    if done := [n for n, m in model.named_modules() if hasattr(m, "lora_A") and f".{n}".endswith(ends)]:
         raise ValueError(f"{done[0]} has LoRA already: merge_lora(model) first, or name other target_modules")
     for target in target_modules:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):

@@ -69,11 +69,13 @@ class ResultFile(ABC, Generic[T]):
         where: What it is called in messages.
         bad_list: The list of the pictures that could not be used.
         way_on: What goes on after the program was stopped, in words.
+        left_out: How many results were not written, as another process had written of their pictures meanwhile.
     """
 
     where: str
     bad_list: Path
     way_on = "the same call goes on with the others"
+    left_out = 0
 
     @abstractmethod
     def has(self, i: int) -> bool:
@@ -155,6 +157,7 @@ class Lines(ResultFile[T]):
         with naming(self._path), one_at_a_time(self._path.parent):
             self._look_again()
             if name in self._theirs:
+                self.left_out += 1
                 return
             # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
             data = ((self._anew or "") + text).encode("utf-8", "backslashreplace")
@@ -176,7 +179,10 @@ class Lines(ResultFile[T]):
     def _look_again(self) -> None:
         """Reads what other processes have written since: it stays, and its pictures are `_theirs`."""
         (file, size), now = self._seen, self._state()
-        if now == self._seen or not now[1]:
+        if now == self._seen:
+            return
+        if not now[1]:  # it was taken away, or emptied
+            self._anew = self._anew or self._read(b"")[0]
             return
         whole = self._anew is not None or now[0] != file or now[1] < size
         with self._path.open("rb") as lines:
@@ -184,11 +190,11 @@ class Lines(ResultFile[T]):
             data = lines.read()
         header = self._read(b"")[0].encode()
         begun, rows, _ = self._read(data if whole else header + data)
-        rows = [(name, self._line(row)) for name, _, row in rows]
-        rows = [(name, line) for name, line in rows if line not in self._earlier.get(name, "")]
-        self._theirs |= {name for name, _ in rows if name not in self._done}
+        told = [(name, language, self._line(row)) for name, language, row in rows]
+        told = [each for each in told if each[2] not in self._earlier.get(each[0], "")]
+        self._theirs |= {name for name, language, _ in told if name not in self._done and language is not None}
         if self._anew is not None:
-            self._anew = begun + "".join(line for _, line in rows)
+            self._anew = begun + "".join(line for _, _, line in told)
 
     @staticmethod
     def _line(row: str | Sequence[str]) -> str:

@@ -48,14 +48,13 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that may be written to, but not read
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

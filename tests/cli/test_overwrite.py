@@ -179,6 +179,7 @@ def test_two_calls_at_once_write_of_each_picture_once(saved: Path, out: str) -> 
     for i, file in turns:
         file.write(i, said[i])
     assert {name: len(lines) for name, lines in rows(out).items()} == dict.fromkeys(PICTURES[:4], 1)
+    assert (first.left_out, second.left_out) == (2, 2)
     again = Lines(Path(out), CAPTIONS, ImageFiles([PICTURES[0]]), overwrite=True)
     others = Lines(Path(out), CAPTIONS, ImageFiles(PICTURES[1:3]), overwrite=True)
     before = rows(out)
@@ -188,6 +189,20 @@ def test_two_calls_at_once_write_of_each_picture_once(saved: Path, out: str) -> 
     after = rows(out)
     assert {name: len(lines) for name, lines in after.items()} == dict.fromkeys(after, 1)
     assert {name for name in PICTURES[:4] if after[name] != before[name]} == {*PICTURES[:3]}
+    Path(out).unlink()  # under our hands
+    first.write(4, said[4])
+    assert [*rows(out)] == [PICTURES[4]]
+
+
+def test_a_line_without_captions_is_of_no_other_call(saved: Path) -> None:
+    said = ImageCaptioner.from_pretrained(saved / "caption", device="cpu")(PICTURES)
+    images = ImageFiles(["photos"])
+    first, second = (Lines(Path("c.jsonl"), CAPTIONS, images, overwrite=False) for _ in range(2))
+    Path("c.jsonl").write_text(f'{{"image": "{PICTURES[0]}", "captions": null}}\n')
+    second.write(1, said[1])
+    first.write(0, said[0])
+    assert [len(lines) for lines in rows("c.jsonl").values()] == [2, 1]
+    assert first.left_out == second.left_out == 0
 
 
 def test_a_path_without_a_file_is_told_once_and_stays_in_no_list(

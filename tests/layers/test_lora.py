@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, VisionEncoderDecoder, ViT, caption_loss
 from mmtransformer.layers.lora import add_lora, merge_lora
@@ -87,6 +88,13 @@ def test_layers_that_have_products_are_merged_before_they_get_others() -> None:
         add_lora(model, rank=3)
     before = model(TOKENS)
     assert torch.allclose(add_lora(merge_lora(model), rank=3).double()(TOKENS), before, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_other_layers_get_products_beside() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "proj": nn.Linear(4, 4)})
+    add_lora(add_lora(model, ["q_proj"]), ["proj"])  # q_proj ends so, and is not called so
+    assert all(hasattr(layer, "lora_A") for layer in model.values())
 
 
 def test_one_name_is_told_to_be_a_list() -> None:
