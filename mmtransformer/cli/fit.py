@@ -282,7 +282,8 @@ def checkpoint(cli: "LightningCLI", *, scored: bool = False) -> str | None:
     for problem in problems:
         say(f"passed over {problem}")
     if found is None and (problems or named):
-        raise ValueError(f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew")
+        way = "name another by --ckpt_path FILE" if scored else "without --ckpt_path the run starts anew"
+        raise ValueError(f"{folder}: no whole checkpoint to go on from; {way}")
     anew = "the weights are those that the recipe starts with" if scored else "the run starts anew"
     there = f"{'the weights are of' if scored else 'going on from'} {found}"
     say(there if found else f"{folder}: no checkpoint, {anew}")
