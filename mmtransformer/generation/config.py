@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -10,9 +11,16 @@ from typing import Any, Self
 from mmtransformer.layers.config import known_fields
 
 MOST_BEAMS = 4096  # a setting out of a file must not take all memory
+NOT_HERE = ("stop_words", "bad_words", "stop_words_ids", "bad_words_ids", "stop_strings")
+"""Settings of other libraries that look like `force_words` and say the opposite."""
+ELSEWHERE = {
+    "max_length": "max_new_tokens", "min_length": "min_new_tokens", "beams": "num_beams", "lang": "language",
+    "generation_config": "generation",
+} | dict.fromkeys(NOT_HERE, "")  # fmt: skip
+"""What other libraries call a setting -> its name here, or in the call that it is given to."""
 
 
-@known_fields
+@functools.partial(known_fields, elsewhere=ELSEWHERE)
 @dataclass(frozen=True)
 class GenerationConfig:
     """How texts are searched for; names and effects are those of transformers' `generate`. Saved with a model.

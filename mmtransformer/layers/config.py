@@ -1,22 +1,16 @@
 """Constructor arguments that belong together: frozen, plain values, in YAML and JSON a mapping of the same names."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 Kind = TypeVar("Kind", bound=type)
-
-_ELSEWHERE = {
-    "max_length": "max_new_tokens", "min_length": "min_new_tokens", "beams": "num_beams", "lang": "language",
-    "generation_config": "generation",
-}  # fmt: skip
-"""What settings are called elsewhere -> here, or in the call that they are given to."""
-NOT_HERE = ("stop_words", "bad_words", "stop_words_ids", "bad_words_ids", "stop_strings")
-"""Settings that are elsewhere, and look like others that are here and say the opposite."""
 
 
 def check_sizes(least: int = 1, **sizes: int | None) -> None:
@@ -49,8 +43,13 @@ def check_configs(**given: tuple[object, type]) -> None:
             raise TypeError(f"{name} must be of {kind.__name__}({held}), not {value!r:.80}")
 
 
-def known_fields(kind: Kind) -> Kind:
-    """A dataclass whose error for a keyword that it has not names the nearest that it has."""
+def known_fields(kind: Kind, elsewhere: Mapping[str, str] = MappingProxyType({})) -> Kind:
+    """A dataclass whose error for a keyword that it has not names the nearest that it has.
+
+    Args:
+        kind: the dataclass.
+        elsewhere: names of other libraries -> what they are called here; "" = there is no such thing, whatever is near.
+    """
     init: Any = kind.__init__
     known = [field.name for field in fields(kind) if field.init]
 
@@ -60,10 +59,8 @@ def known_fields(kind: Kind) -> Kind:
             if name not in known:
                 import difflib
 
-                near = [] if name in NOT_HERE else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-                if (other := _ELSEWHERE.get(name)) and ("max_new_tokens" in known or other in known):
-                    near = [other]
-                hint = f'; did you mean "{near[0]}"?' if near else f": it has {', '.join(known)}"
+                near = elsewhere.get(name, *difflib.get_close_matches(name, known, n=1, cutoff=0.6))
+                hint = f'; did you mean "{near}"?' if near else f": it has {', '.join(known)}"
                 raise TypeError(f'{kind.__name__} has no "{name}"{hint}')
         init(self, *args, **given)
 

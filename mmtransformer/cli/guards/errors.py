@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from mmtransformer.layers.config import NOT_HERE
+from mmtransformer.generation.config import NOT_HERE
 from mmtransformer.serialization.runs import refuse_no_checkpoint
 
 OTHER_NAMES = {
