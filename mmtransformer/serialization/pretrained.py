@@ -34,6 +34,7 @@ from mmtransformer.serialization.weight_files import read_safetensors, write_wei
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
 FORMAT_VERSION = 6  # Of folders: what config.json and model.safetensors hold, and how it is named.
+_WRITER = "mmtransformer_version"  # Of the library that wrote a folder: read where it cannot be loaded.
 
 
 def to_config(module: nn.Module, place: str = "the model") -> dict[str, Any]:
@@ -357,7 +358,8 @@ class Pretrained:
         assert isinstance(self, nn.Module)
         config = to_config(self)
         refuse_unreadable(self, config)
-        whole = {"format_version": FORMAT_VERSION, **config, "metadata": metadata or {}}
+        version = importlib.import_module("mmtransformer").__version__
+        whole = {"format_version": FORMAT_VERSION, _WRITER: version, **config, "metadata": metadata or {}}
         json.dumps(whole)  # refused before anything is written
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -374,16 +376,22 @@ class Pretrained:
             ValueError: if a file is missing or damaged, or weights and config do not fit in every name and shape.
         """
         folder = find_folder(name_or_path)
-        config = read_json(folder / CONFIG)
+        config, own = read_json(folder / CONFIG), importlib.import_module("mmtransformer").__version__
+        writer = config.get(_WRITER, own)
+        by = "" if writer == own else f"; mmtransformer {writer!s:.20} wrote it, and this is {own}"
         if "class" in config and (version := config.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
                 f"{folder / CONFIG}: format_version is {version!r:.20}, and this mmtransformer reads {FORMAT_VERSION}: "
-                f"train it again, or load it with the version that saved it"
+                f"train it again, or load it with the version that saved it{by}"
             )
         state = read_safetensors(folder / WEIGHTS)
-        described = {key: value for key, value in config.items() if key not in ("format_version", "metadata", KEY)}
-        with built_from(state, str(folder / CONFIG), filled=True):
-            model = from_config(described, str(folder / CONFIG))
+        described = {k: v for k, v in config.items() if k not in ("format_version", _WRITER, "metadata", KEY)}
+        try:
+            with built_from(state, str(folder / CONFIG), filled=True):
+                model = from_config(described, str(folder / CONFIG))
+        except ValueError as error:
+            error.args = (f"{error}{by}",)
+            raise
         if not isinstance(model, cls):
             raise other_kind(folder, type(model), cls.__name__)
         with held(state.values()):

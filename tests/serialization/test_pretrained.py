@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -571,6 +572,29 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
         with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 6: train it again"):
             TextDecoder.from_pretrained(tmp_path)
+
+
+def test_a_folder_says_which_version_wrote_it_where_it_cannot_be_loaded(tmp_path: Path) -> None:
+    key, here = "mmtransformer_version", mmtransformer.__version__
+    decoder().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))[key] == here
+    edit(tmp_path, lambda c: c.update({key: "9.8"}))
+    TextDecoder.from_pretrained(tmp_path)
+    wrote = rf"; mmtransformer 9\.8 wrote it, and this is {re.escape(here)}$"
+    edit(tmp_path, lambda c: c["args"].update(later=1))
+    with pytest.raises(ValueError, match=f"TextDecoder has no argument later; it has .*{wrote}"):
+        TextDecoder.from_pretrained(tmp_path)
+    edit(tmp_path, lambda c: c.update({"class": "LaterDecoder"}))
+    with pytest.raises(ValueError, match=f'mmtransformer has no model class "LaterDecoder"{wrote}'):
+        TextDecoder.from_pretrained(tmp_path)
+    edit(tmp_path, lambda c: c.update(format_version=7))
+    with pytest.raises(ValueError, match=f"load it with the version that saved it{wrote}"):
+        TextDecoder.from_pretrained(tmp_path)
+    edit(tmp_path, lambda c: c.update({"format_version": 6, key: here}))
+    for _ in range(2):  # written by this one; by one that wrote no version
+        with pytest.raises(ValueError, match=r'has no model class "LaterDecoder"$'):
+            TextDecoder.from_pretrained(tmp_path)
+        edit(tmp_path, lambda c: c.pop(key, None))
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:
