@@ -44,6 +44,8 @@ def run(name: str, words: Sequence[str]) -> int:
     add("--strip", metavar="OUT.png", help="draw the steps of the first picture from noise side by side, or as OUT.gif")
     add("--heatmap", metavar="OUT.png", help="draw where in its picture each word of the first text had its effect")
     args = parser.parse_args(list(words))
+    if not all(map(str.strip, args.texts)):
+        raise ValueError("a text is empty, and says nothing to draw: leave it out")
     if args.image is None and (args.strength is not None or args.mask_image is not None):
         parser.error("--strength and --mask-image need a picture to begin with: --image IMAGE")
     for option in ("out", "strip", "heatmap"):

@@ -98,6 +98,8 @@ def _translate(name: str, words: Sequence[str]) -> int:
     texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("there is nothing to translate: name a text, or pipe lines into the command")
+    if not all(map(str.strip, texts)):
+        raise ValueError("a text is empty, and there is nothing to translate: leave it out")
     if file := next((text for text in args.texts if _is_file(text)), None):
         raise ValueError(f"{file} is a file, not a text: mmt translate ... < {file} translates its lines")
     translator = Translator.from_pretrained(args.model, device=args.device)

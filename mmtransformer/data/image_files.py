@@ -110,6 +110,8 @@ class ImageFiles:
         return None
 
     def _add(self, place: str) -> None:
+        if not place:  # of a variable that is not set: pathlib would take it for the current folder
+            raise ValueError('an empty name in the place of a picture or folder; of all that is here, write "."')
         path = Path(place)
         if path.is_dir() or (path.is_file() and _is_archive(place)):
             self._add_all(place)

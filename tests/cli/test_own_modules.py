@@ -136,8 +136,22 @@ def test_a_source_is_told_its_methods(name: str, lacks: str, here: Path, capsys:
     assert f"data.source: mine.{name} is no PairSource, whose methods are annotated: {lacks}\n" in err
 
 
+def test_a_class_in_the_place_of_a_path_is_told_its_key(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "train.py").write_text("raise SystemExit(7)", "utf-8")  # a script that is not run for a table
+    words = ["fit", "--config", "caption_scenes", "--config", "tiny", "--data.source"]
+    for word, told in (
+        ("train.csv", "train.csv does not exist"),
+        ("mine.Lacking", "a word alone there is a path: --data.source.class_path=mine.Lacking"),
+        ("mine.Absent", "mine.Absent does not exist"),
+    ):
+        code, _, err = mmt(capsys, *words, word)
+        assert (code, err.endswith(f"{told}\n")) == (2, True), err
+    (here / "mine.Lacking").mkdir()  # what is there is read
+    assert mmt(capsys, *words, "mine.Lacking")[2].startswith("mmt fit: error: mine.Lacking (pictures with text files)")
+
+
 def test_the_folder_is_looked_in_last_and_only_for_what_is_named_and_there(here: Path) -> None:
-    for name in ("json.py", "yaml.py", "data.py"):
+    for name in ("json.py", "yaml.py", "data.py", "train.py", "b.parquet", "b.py"):
         (here / name).touch()
     for text in (
         "json.dumps",
@@ -147,6 +161,9 @@ def test_the_folder_is_looked_in_last_and_only_for_what_is_named_and_there(here:
         "folder/mine.csv",
         "x.mine.csv",
         "class_path: mine",
+        "--data.source=train.csv",
+        "source: train.tar.gz",
+        "source: b.parquet",
     ):
         look_here(f"{text}\n")
         assert str(here) not in sys.path, text

@@ -1,14 +1,17 @@
 """What a beginner is told leads on: the commands that messages name are there, and fit what was typed."""
 
 import inspect
+import io
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors import checkpoint_connector
+from PIL import Image
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
@@ -122,10 +125,45 @@ def test_what_the_trainer_cannot_have_here_is_said_in_a_line(
         ("--config=word.yaml", "word.yaml is no recipe: it must hold keys with values"),
         ("--config=tab.yaml", "spaces, not tabs"),
         ("--trainer.devices=999", "trainer.devices (999): a CPU takes a process for each of its cores"),
+        ("--trainer.devices=0", "trainer.devices must be at least 1 (on a CPU the number of processes"),
+        ("--trainer.devices=none", "trainer.devices must be at least 1 (on a CPU the number of processes"),
     ):
         code, _, err = mmt(capsys, *words, key)
         assert (code, err.startswith("mmt fit: error: "), line in err) == (2, True, True), err
         assert err.count("\n") == 1
+
+
+def test_letters_that_the_output_has_not_are_told_the_setting(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    words = ("caption", str(tmp_path / "a.png"), "--model", str(model), "--language", "ko", "--prefix", "사진")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    for codec, way in (("ascii", "set PYTHONUTF8=1"), ("cp1252", "set PYTHONUTF8=1"), ("latin-1", "unset PYTHONIO")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), codec))
+            if codec == "latin-1":
+                patch.setenv("PYTHONIOENCODING", codec)
+            code, _, err = mmt(capsys, *words)
+        told = f'mmt caption: error: the output goes out as {codec}, which has no "사진": {way}'
+        assert (code, err.startswith(told), err.count("\n")) == (2, True, 1), err
+    lost = UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed")  # of no output: it writes them out
+    assert one_line(lost) == str(lost)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("draw 'a cat' ' '", "a text is empty, and says nothing to draw: leave it out"),
+        ("translate '' --language ko", "a text is empty, and there is nothing to translate: leave it out"),
+        ("caption ''", 'an empty name in the place of a picture or folder; of all that is here, write "."'),
+        ("classify ''", 'an empty name in the place of a picture or folder; of all that is here, write "."'),
+    ],
+)
+def test_an_empty_word_is_refused(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a shell's variable that is not set; before a model is read."""
+    code, out, err = mmt(capsys, *shlex.split(words), "--model", "nowhere")
+    assert (code, out, err) == (2, "", f"mmt {words.split()[0]}: error: {told}\n")
 
 
 def test_of_a_run_that_stopped_the_way_to_its_model_is_said(
@@ -212,8 +250,6 @@ def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> Non
 
 
 def test_of_too_many_pixels_no_option_is_named_that_no_command_has() -> None:
-    from PIL import Image
-
     from mmtransformer.images import ImageError, load
 
     with pytest.raises(ImageError, match=r"make it smaller \(in Python, mmtransformer\.images\.load\(file, max_pix"):

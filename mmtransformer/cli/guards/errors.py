@@ -1,8 +1,11 @@
 """One clear line for what a user can put right, with "did you mean" for misspelt keys."""
 
+import codecs
 import dataclasses
 import difflib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -44,6 +47,8 @@ _OTHERS = {
     r"^(-?\d+) is not in bounds, numpy accepts from 0 to (\d+)": "seed_everything ({}) must be from 0 to {}",
     r"current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)\)": "trainer.max_epochs ({1}) is less than the "
     "{0} that the run has done: give at least as many, or begin another with --trainer.default_root_dir DIR",
+    r"Trainer\(devices=.*value is not a valid input|`devices` selected with `CPUAccelerator`": "trainer.devices must "
+    "be at least 1 (on a CPU the number of processes; -1 are all GPUs): leave it out to use what there is",
     r"No supported gpu backend found|Accelerator` can not run on your system": "trainer.accelerator: torch finds no "
     "such device here; leave it out to use what there is",
 }
@@ -55,16 +60,26 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
-    named = {kind.__name__ for kind in type(error).__mro__}
-    if not named & {"ValueError", "MisconfigurationException", "ArgumentError"}:
-        return None
+    if isinstance(error, UnicodeEncodeError) and _is_of_output(error.encoding):
+        way = "unset PYTHONIOENCODING" if "PYTHONIOENCODING" in os.environ else "set PYTHONUTF8=1"
+        lost = error.object[error.start : error.end]
+        return f'the output goes out as {sys.stdout.encoding}, which has no "{lost:.40}": {way} in the environment'
     text = str(error)
     for pattern, way in _OTHERS.items():
         if found := re.search(pattern, text):
             return way.format(*found.groups())
+    named = {kind.__name__ for kind in type(error).__mro__}
+    if not named & {"ValueError", "MisconfigurationException", "ArgumentError"}:
+        return None
     if "DataLoader worker process" in text:  # torch puts the worker's traceback into the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return text.strip() or type(error).__name__
+
+
+def _is_of_output(encoding: str) -> bool:
+    """Whether a codec that lacks letters is that of the standard output; Windows' are "charmap" in errors."""
+    codec = codecs.lookup(encoding).name
+    return codec != "utf-8" and codec in ("charmap", codecs.lookup(sys.stdout.encoding).name)
 
 
 def explain(message: str, keys: Iterable[str]) -> str:

@@ -11,7 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, TEXTS
+
 _OPTION = "--import"
+_FILES = (*TEXTS, *ARCHIVES, *COMPRESSED)
 IMPORT_HELP = "import a module of yours first (mine, of mine.py in this folder): the model has classes of it"
 
 
@@ -51,7 +54,9 @@ def look_here(text: str) -> None:
         text: A module's or class's import path, or what holds some, such as a recipe.
     """
     here = Path.cwd()
-    for name in dict.fromkeys(re.findall(r"(?<![\w./-])([^\W\d]\w*)(?=\.[^\W\d]|\Z)", text)):
+    for name, rest in dict.fromkeys(re.findall(r"(?<![\w./-])([^\W\d]\w*)((?:\.[^\W\d]\w*)+|\Z)", text)):
+        if Path(name + rest).is_file() or rest.lower().endswith(_FILES):  # a table train.csv beside a script train.py
+            continue
         is_here = (here / f"{name}.py").is_file() or (here / name / "__init__.py").is_file()
         if is_here and name not in sys.modules and find_spec(name) is None:
             sys.path.append(str(here))

@@ -146,8 +146,9 @@ def check_names(config: Any) -> None:
         config: What the parser made of recipes and command line.
 
     Raises:
-        ValueError: Naming what is refused.
+        ValueError: Naming what is refused, or the key of a class whose path would be taken for a file's.
     """
+    _refuse_bare_class(config)
     for name, found, hint in _named(config, None):
         if _is_refused(name, found, hint):
             shown = name or f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
@@ -155,6 +156,23 @@ def check_names(config: Any) -> None:
                 f"{shown} is not run: recipes name classes of the kind that is asked for, and no other functions; put "
                 f"what you need into a module of your own"
             )
+
+
+def _refuse_bare_class(config: Any) -> None:
+    """Refuses a class's path alone (`data.source: mine.Source`) where a text is taken for the path of a file."""
+    for part in ("model", "data"):
+        given = getattr(config, part, None)
+        hints = _hints(_object(getattr(given, "class_path", "")))
+        for name, value in vars(getattr(given, "init_args", None) or object).items():
+            # By its capital: a script that is called as a table that is missing (train.csv) is not run.
+            dotted = isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*\.[A-Z]\w*", value)
+            if not dotted or str not in get_args(hints.get(name)) or Path(value).exists():
+                continue
+            if inspect.isclass(_object(value)):
+                raise ValueError(
+                    f"{part}.{name}: {value} is a class, and a word alone there is a path: "
+                    f"--{part}.{name}.class_path={value}"
+                )
 
 
 def _is_refused(name: str | None, found: Any, hint: Any) -> bool:
