@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
     from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder as ExtendedDecoder
     from mmtransformer.backbones.grid_rope import ViTRopeConfig as ViTRopeConfig
-    from mmtransformer.backbones.hub.autoencoder import HubAutoencoder as HubAutoencoder
-    from mmtransformer.backbones.hub.decoder import HubDecoder as HubDecoder
-    from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq as HubSeq2Seq
+    from mmtransformer.backbones.hf.autoencoder import HFAutoencoder as HFAutoencoder
+    from mmtransformer.backbones.hf.decoder import HFDecoder as HFDecoder
+    from mmtransformer.backbones.hf.seq2seq import HFSeq2Seq as HFSeq2Seq
     from mmtransformer.backbones.patches import ConvStem as ConvStem
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
     from mmtransformer.backbones.patches import ViTPatchConfig as ViTPatchConfig

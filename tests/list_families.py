@@ -22,7 +22,7 @@ EXAMPLES = {
     "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
     "llava": "llava-hf/llava-1.5-7b-hf, llava-v1.6-mistral-7b-hf, llava-onevision-qwen2-0.5b-ov-hf",
     "git": "microsoft/git-base-coco, git-large-coco",
-    "hub": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
+    "hf": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
     "idefics": "HuggingFaceM4/idefics-9b, idefics-9b-instruct",
     "open_coca": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k, mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
     "openflamingo": "openflamingo/OpenFlamingo-3B-vitl-mpt1b, -4B-vitl-rpj3b, -9B-vitl-mpt7b, -langinstruct ones",
@@ -40,7 +40,7 @@ SPEEDS = {
     "git": "Zen 5 x1.94, x2.10 (auto x4.35, x4.07); Zen 4 x1.14, x1.34; Zen 3 x1.07",
     "idefics": "Zen 5 x1.27, x2.17",
     "paligemma": "Zen 5 x1.43, x1.83",
-    "hub": "transformers' own",
+    "hf": "transformers' own",
     "open_coca": "not measured: open_clip's `generate` does not run beside transformers 5",
     "openflamingo": "not measured",
 }
@@ -48,7 +48,7 @@ SPEEDS = {
 tests/benchmarks/README.md."""
 
 
-HEAT_MAPS = {"hub": "no", "blip2": "yes, but of a T5"}
+HEAT_MAPS = {"hf": "no", "blip2": "yes, but of a T5"}
 """Those of which there are none: language models that run in transformers do not say where they look."""
 
 
@@ -74,7 +74,7 @@ def captioners() -> str:
     lines = [f"| {' | '.join(heads)} on the hub |", "|---" * len(heads) + "|"]
     for family, way in FAMILIES.items():
         if way.processor is not None:
-            if family == "hub":
+            if family == "hf":
                 same = ", ".join(f"`{kind}`" for kind in sorted({*MODELS, *HUB_FAMILIES}))
                 types, made = f"all others that transformers has; compared: {same}", f"`{way.makes[0].__name__}`"
             else:

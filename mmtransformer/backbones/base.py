@@ -187,7 +187,7 @@ def repeat_rows(logits: Tensor, state: AnyState, expand_size: int) -> tuple[Tens
 class Decoder(nn.Module, ABC):
     """The contract of a causal language model: tokens -> logits, with caches, and a hook before each block.
 
-    `TextDecoder` (our own blocks), `HubDecoder` (any language model of transformers) and `ExtendedDecoder` (either,
+    `TextDecoder` (our own blocks), `HFDecoder` (any language model of transformers) and `ExtendedDecoder` (either,
     with new tokens) keep it, and captioners need no more than it.
 
     Attributes:

@@ -10,12 +10,12 @@ them differ), l embeddings of an image, t prompt tokens.
 from torch import Tensor
 
 from mmtransformer.backbones.base import repeat_rows
-from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq
+from mmtransformer.backbones.hf.seq2seq import HFSeq2Seq
 from mmtransformer.backbones.seq2seq import EncodedSource, Transformer, TransformerState
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.decoder_prefix import join_images
 
-SourceReader = Transformer | HubSeq2Seq
+SourceReader = Transformer | HFSeq2Seq
 """An encoder-decoder: it reads a source, and writes a target."""
 
 

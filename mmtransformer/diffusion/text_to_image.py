@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, TextContext
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.backbones.hub.autoencoder import HubAutoencoder
+from mmtransformer.backbones.hf.autoencoder import HFAutoencoder
 from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.diffusion.paths import DiffusionConfig
 from mmtransformer.dual_encoders.text_tower import TextTower
@@ -42,7 +42,7 @@ class TextToImageModel(Pretrained, nn.Module):
         diffusion: DiffusionConfig = DiffusionConfig(),  # noqa: B008 (frozen)
         text_dropout_prob: float = 0.1,
         freeze_text: bool = False,
-        autoencoder: HubAutoencoder | None = None,
+        autoencoder: HFAutoencoder | None = None,
     ) -> None:
         super().__init__()
         if autoencoder is not None and autoencoder.latent_channels != transformer.in_channels:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmtransformer.captioners.published.blip import BlipVQA
-from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFCaptioner
 from mmtransformer.generation.loop import generate
 from mmtransformer.images import load
 from mmtransformer.pipelines.base import ImageLike
@@ -100,7 +100,7 @@ def compare(
     if (name := family_of(config)) and (reader := FAMILIES[name].reader) != "transformers":
         raise ValueError(f"{folder} is a model that {reader} reads, and transformers has none to compare it with")
     ours = ImageCaptioner.from_pretrained(folder, device="cpu")
-    if isinstance(ours.model, HubCaptioner):
+    if isinstance(ours.model, HFCaptioner):
         kind = config.get("model_type")
         raise ValueError(f"{folder}: {kind} runs in transformers itself, so there is nothing to compare")
     with tempfile.TemporaryDirectory() as written:

@@ -33,7 +33,7 @@ from mmtransformer.serialization.weight_files import read_safetensors, write_wei
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
-FORMAT_VERSION = 6  # Of folders: what config.json and model.safetensors hold, and how it is named.
+FORMAT_VERSION = 7  # Of folders: what config.json and model.safetensors hold, and how it is named.
 _WRITER = "mmtransformer_version"  # Of the library that wrote a folder: read where it cannot be loaded.
 
 

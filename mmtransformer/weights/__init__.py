@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.git import load_git as load_git
     from mmtransformer.weights.captioners.git import save_git as save_git
     from mmtransformer.weights.captioners.git import to_git as to_git
-    from mmtransformer.weights.captioners.hub import load_hub as load_hub
-    from mmtransformer.weights.captioners.hub import save_hub as save_hub
+    from mmtransformer.weights.captioners.hf import load_hf as load_hf
+    from mmtransformer.weights.captioners.hf import save_hf as save_hf
     from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics

@@ -22,7 +22,7 @@ from mmtransformer.serialization.untrusted import built_from, check_plain
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
-from mmtransformer.weights.captioners.hub import hub_types
+from mmtransformer.weights.captioners.hf import hf_types
 from mmtransformer.weights.dual_encoders.dual import DUAL_TYPES
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.generation_config import read_search
@@ -31,7 +31,7 @@ from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.shared.folders import read_tensors
 
 _CARD = "README.md"
-HUB = "hub"
+HF = "hf"
 """The family of all that transformers alone holds."""
 _BESIDE = (".json", ".txt", ".jinja", ".model")
 
@@ -48,11 +48,11 @@ def captioner_family(folder: Path) -> Family | None:
     name = family_of(config)
     family = FAMILIES.get(name or "")
     held = family is not None and family.processor is not None and family.holds(config)
-    if not held and config.get("model_type") in hub_types():
-        return FAMILIES[HUB]
+    if not held and config.get("model_type") in hf_types():
+        return FAMILIES[HF]
     if family is not None and family.processor is not None:
         return family
-    known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HUB)
+    known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HF)
     kind = config.get("model_type") or config.get("architecture")
     if kind in (*DUAL_TYPES, "siglip2", "open_clip"):
         file = OPEN_CLIP if kind == "open_clip" else CONFIG

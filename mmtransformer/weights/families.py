@@ -21,7 +21,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.captioners.published.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.published.git import Git
-from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFCaptioner
 from mmtransformer.captioners.published.open_coca import OpenCoCa
 from mmtransformer.captioners.published.paligemma import PaliGemma
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
@@ -31,7 +31,7 @@ from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
-from mmtransformer.weights.captioners.hub import HubProcessor, load_hub, save_hub
+from mmtransformer.weights.captioners.hf import HFProcessor, load_hf, save_hf
 from mmtransformer.weights.captioners.idefics import IdeficsProcessor, load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
@@ -170,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         holds=lambda config: _tower_of(config) in (None, *CLIP_TYPES, *SIGLIP_TYPES),
     ),
     "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
-    "hub": Family(load_hub, save_hub, (HubCaptioner,), processor=HubProcessor),
+    "hf": Family(load_hf, save_hf, (HFCaptioner,), processor=HFProcessor),
     "open_coca": Family(
         load_open_coca,
         save_open_coca,

@@ -11,7 +11,7 @@ from mmtransformer import (
     AttentionConfig,
     Decoder,
     ExtendedDecoder,
-    HubDecoder,
+    HFDecoder,
     MLPConfig,
     NormConfig,
     PositionConfig,
@@ -46,8 +46,8 @@ INNER = {
         positions=PositionConfig("rotary"),
         tied=False,
     ),
-    "gemma": lambda: HubDecoder(GEMMA),
-    "neox": lambda: HubDecoder(NEOX),
+    "gemma": lambda: HFDecoder(GEMMA),
+    "neox": lambda: HFDecoder(NEOX),
 }
 
 

@@ -350,13 +350,13 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
 def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from mmtransformer.backbones.hub.decoder import HubDecoder
+    from mmtransformer.backbones.hf.decoder import HFDecoder
 
     torch.manual_seed(6)
     lm = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
                                           intermediate_size=31, max_position_embeddings=29)).eval()  # fmt: skip
     own = blip2()
-    model = Blip2(own.vision, own.qformer, HubDecoder.from_model(lm)).eval()
+    model = Blip2(own.vision, own.qformer, HFDecoder.from_model(lm)).eval()
     model.proj.load_state_dict(own.proj.state_dict())
     given = batch()
     logits = model.logits(given)
@@ -369,7 +369,7 @@ def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     torch.testing.assert_close(following[::2], logits[:, 2], atol=1e-5, rtol=1e-5)
     assert own.has_heatmaps
     assert not model.has_heatmaps
-    with pytest.raises(ValueError, match=r"HubDecoder has no attention layer whose weights can be recorded"):
+    with pytest.raises(ValueError, match=r"HFDecoder has no attention layer whose weights can be recorded"):
         model.attention_map(given)
 
 

@@ -17,7 +17,7 @@ from mmtransformer import (
     CaptionBatch,
     Flamingo,
     GatedBlockConfig,
-    HubDecoder,
+    HFDecoder,
     MLPConfig,
     NormConfig,
     PerceiverResampler,
@@ -719,7 +719,7 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     )
     for parameter in hub.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
+    decoder, vision = HFDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
     model = Flamingo(vision, decoder, connector=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedBlockConfig(3, 7)).eval()
     (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
     first = laid_out("..I.I..", ".......")

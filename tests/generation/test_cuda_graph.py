@@ -196,11 +196,11 @@ def test_what_cannot_be_recorded() -> None:
 
 def test_caches_of_others_cannot_be_recorded() -> None:
     transformers = pytest.importorskip("transformers")
-    from mmtransformer import HubDecoder
+    from mmtransformer import HFDecoder
 
     config = transformers.GPTNeoXConfig(vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=1, num_attention_heads=2,
                                         intermediate_size=31)  # fmt: skip
-    model = HubDecoder.from_model(transformers.GPTNeoXForCausalLM(config).eval())
+    model = HFDecoder.from_model(transformers.GPTNeoXForCausalLM(config).eval())
     with pytest.raises(ValueError, match="grows with every token"):
         told(CudaGraphRunner(model, Recorder()), batch_for(model, 1))
 

@@ -30,8 +30,8 @@ from mmtransformer import (
     Flamingo,
     GatedBlockConfig,
     Git,
-    HubDecoder,
-    HubSeq2Seq,
+    HFDecoder,
+    HFSeq2Seq,
     ImageGenerator,
     LinearAttention,
     LinearConnector,
@@ -136,7 +136,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         positions=PositionConfig("rotary", nope_interval=2, embed_scale=2.0),
     ),
     "ExtendedDecoder": lambda: ExtendedDecoder(decoder(tied=False), 3, first=52),
-    "HubDecoder": lambda: HubDecoder(
+    "HFDecoder": lambda: HFDecoder(
         {"model_type": "gpt_neox", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2,
          "num_attention_heads": 4, "intermediate_size": 31},
         max_len=29,
@@ -207,12 +207,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, norm_first=True, activation="gelu", norm_eps=1e-3,
         tied=False, dropout=0.2,
     ),
-    "HubSeq2Seq": lambda: HubSeq2Seq(
+    "HFSeq2Seq": lambda: HFSeq2Seq(
         {"model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 31, "num_layers": 2,
          "num_heads": 4, "decoder_start_token_id": 0},
         max_len=29,
     ),
-    "HubAutoencoder": autoencoder,
+    "HFAutoencoder": autoencoder,
     "DiffusionTransformer": lambda: DiffusionTransformer(
         2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
         base_grid=4, pooled_context=True, qk_norm="layer",
@@ -670,7 +670,7 @@ def test_weights_that_are_nan_are_refused(tmp_path: Path, dtype: torch.dtype) ->
     assert len(read_safetensors(tmp_path / "other.safetensors")) == 2
 
 
-@pytest.mark.parametrize("name", ["HubDecoder", "HubSeq2Seq"])
+@pytest.mark.parametrize("name", ["HFDecoder", "HFSeq2Seq"])
 def test_a_hub_models_mode_is_that_of_what_it_holds(name: str) -> None:
     model: Any = MODELS[name]()
     for mode in (False, True):

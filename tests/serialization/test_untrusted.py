@@ -21,7 +21,7 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
-from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hf.decoder import HFDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
     ViTSettings,
@@ -256,9 +256,9 @@ def test_kernels_from_a_hub_are_not_fetched(key: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     config = {"model_type": "gpt_neo", "text_config": {key: "somebody/kernel"}}
     with pytest.raises(ValueError, match="somebody/kernel', code from outside"):
-        HubDecoder(config)
+        HFDecoder(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "code from outside" in refused(lambda: HubDecoder.from_folder(tmp_path), tmp_path)
+    assert "code from outside" in refused(lambda: HFDecoder.from_folder(tmp_path), tmp_path)
 
 
 def test_an_adapter_does_not_lead_to_another_folder(tmp_path: Path) -> None:

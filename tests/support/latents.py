@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from mmtransformer import HubAutoencoder
+from mmtransformer import HFAutoencoder
 
 SMALL = {
     "block_out_channels": [8, 8, 16],
@@ -18,10 +18,10 @@ SMALL = {
 }
 
 
-def autoencoder() -> HubAutoencoder:
+def autoencoder() -> HFAutoencoder:
     """Random weights; sides are divided by 4."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("diffusers")
         torch.manual_seed(0)
-        return HubAutoencoder(SMALL)
+        return HFAutoencoder(SMALL)

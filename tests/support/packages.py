@@ -18,7 +18,7 @@ IMPORT_ORDER = [
     "metrics",
     "backbones",
     "backbones/vit_variants",
-    "backbones/hub",
+    "backbones/hf",
     "connectors",
     "losses",
     "captioners",

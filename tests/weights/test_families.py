@@ -164,7 +164,7 @@ def needed(name: str, model: Any) -> dict[str, Any]:
 
 
 def test_every_family_is_tried_here_or_beside_its_oracle() -> None:
-    assert set(FAMILIES) - {"git", "open_coca", "paligemma", "idefics", "hub"} == set(MODELS)
+    assert set(FAMILIES) - {"git", "open_coca", "paligemma", "idefics", "hf"} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,7 +17,7 @@ from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
 from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.captioners.base import Captioner, caption_loss
 from mmtransformer.captioners.coca import CoCa
-from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFBatch, HFCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
@@ -112,7 +112,7 @@ class Captioning(Task):
         check_texts(data, data.max_len, self.captioner, "decoder", "row_len" if interleaved else "max_len")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
-        if not isinstance(self.captioner, HubCaptioner):  # Its own processor makes its pixels.
+        if not isinstance(self.captioner, HFCaptioner):  # Its own processor makes its pixels.
             check_pixels(data, self.captioner)
 
     @property
@@ -359,7 +359,7 @@ def other_images(batch: CaptionBatch) -> CaptionBatch | None:
 
     None where pictures are cut into tiles and are of several shapes, which have prompts of their own.
     """
-    if isinstance(batch, HubBatch):  # Its pictures are part of its prompts.
+    if isinstance(batch, HFBatch):  # Its pictures are part of its prompts.
         return None
     shape = batch.visual.shape[:2]
     for name in ("image_sizes", "grids"):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.backbones.hub.decoder import HubDecoder
-from mmtransformer.backbones.hub.seq2seq import HubSeq2Seq
+from mmtransformer.backbones.hf.decoder import HFDecoder
+from mmtransformer.backbones.hf.seq2seq import HFSeq2Seq
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
@@ -146,13 +146,13 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
     return model.eval()
 
 
-def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HubSeq2Seq:
-    kind: type[HubDecoder | HubSeq2Seq] = HubSeq2Seq
+def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HFSeq2Seq:
+    kind: type[HFDecoder | HFSeq2Seq] = HFSeq2Seq
     if config["model_type"] not in ("t5", "mt5", "umt5"):
         try:
             return decoder_from_state(config, state, context)
         except UnsupportedModel:
-            kind = HubDecoder
+            kind = HFDecoder
     built = kind(config).model
     # By transformers' own reader: what a tensor is called in files is not always its name in memory.
     model, report = type(built).from_pretrained(
@@ -199,7 +199,7 @@ def to_blip2(model: Blip2 | Blip2QFormer) -> tuple[dict[str, Any], dict[str, Ten
         return config, tensors
     kind = "InstructBlip" if model.instruct else "Blip2"
     config |= {"model_type": "instructblip"} if model.instruct else {}
-    if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
+    if isinstance(model.decoder, HFDecoder | HFSeq2Seq):
         text, language = model.decoder.config, dict(model.decoder.model.state_dict())
     elif isinstance(model.decoder, TextDecoder):
         text, language = lm_to_transformers(model.decoder)

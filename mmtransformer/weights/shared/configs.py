@@ -33,7 +33,7 @@ SIZES = {
 
 
 class UnsupportedModel(ValueError):
-    """A language model that `TextDecoder` cannot be, though transformers may know it: `HubDecoder` can hold it."""
+    """A language model that `TextDecoder` cannot be, though transformers may know it: `HFDecoder` can hold it."""
 
 
 def activation_of(config: Mapping[str, Any], key: str, context: str, default: str = "gelu") -> Activation:

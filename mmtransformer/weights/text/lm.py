@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedDecoder
-from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hf.decoder import HFDecoder
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
@@ -29,7 +29,7 @@ READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
 def lm_from_transformers(model: nn.Module) -> TextDecoder:
     """A `TextDecoder` with the weights of a transformers language model; equal to 1e-4 in float32.
 
-    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and 2. `HubDecoder.from_model` takes any other.
+    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and 2. `HFDecoder.from_model` takes any other.
 
     Raises:
         ValueError: if the model's family is not among them, or it is a variant that `TextDecoder` cannot be.
@@ -47,7 +47,7 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
     family = config.get("model_type")
     if family not in READERS:
         raise UnsupportedModel(
-            f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(READERS)}); HubDecoder takes '
+            f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(READERS)}); HFDecoder takes '
             "any language model of transformers (extra: hf)"
         )
     with built_from(state, context, filled=True):
@@ -116,7 +116,7 @@ def load_lm(
 ) -> Decoder:
     """A language model in evaluation mode, from what is there: for recipes (`mmtransformer.weights.load_lm`).
 
-    It is a `TextDecoder` where that can be the model (transformers is then not needed), else a `HubDecoder`. Only
+    It is a `TextDecoder` where that can be the model (transformers is then not needed), else an `HFDecoder`. Only
     safetensors are read, never a pickle, and no code that comes with a model is run.
 
     Args:
@@ -162,7 +162,7 @@ def _load(folder: Path) -> Decoder:
         known = config["model_type"] in READERS
         return decoder_from_state(config, read_tensors(folder) if known else {}, str(folder))
     except UnsupportedModel as reason:
-        return HubDecoder.from_folder(folder, reason=str(reason))
+        return HFDecoder.from_folder(folder, reason=str(reason))
 
 
 def load_tokenizer(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
-from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hf.decoder import HFDecoder
 from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.configs import only
@@ -83,7 +83,7 @@ def decoder_with_tables(folder: Path, embedding: Tensor, head: Tensor | None = N
     config = config | {"vocab_size": len(embedding), "tie_word_embeddings": bool(tied)}
     if config.get("model_type") in READERS:
         return decoder_from_state(config, state, context)
-    return _from_hub(config, state, norms, context)
+    return _from_hf(config, state, norms, context)
 
 
 def _longer(table: Tensor, rows: int, context: str) -> Tensor:
@@ -113,7 +113,7 @@ def _as_mpt(
     return {"model_type": "mpt", **sizes, **more}, {k: v for k, v in state.items() if k not in norms}, norms
 
 
-def _from_hub(config: dict[str, Any], state: dict[str, Tensor], norms: dict[str, Tensor], context: str) -> HubDecoder:
+def _from_hf(config: dict[str, Any], state: dict[str, Tensor], norms: dict[str, Tensor], context: str) -> HFDecoder:
     """Transformers' model of a config with these tensors, all of which must be used."""
     try:
         import transformers
@@ -137,4 +137,4 @@ def _from_hub(config: dict[str, Any], state: dict[str, Tensor], norms: dict[str,
         if None in pair:
             raise ValueError(f"{context} has no tensor transformer.blocks.{i}.attn.q_ln.weight, or k_ln's")
         block.attn.Wqkv = NormedQueriesKeys(block.attn.Wqkv.weight.detach(), [x for x in pair if x is not None])
-    return HubDecoder.from_model(model.eval())
+    return HFDecoder.from_model(model.eval())

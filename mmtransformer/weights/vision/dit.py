@@ -1,4 +1,4 @@
-"""diffusers' DiT and PixArt -> `DiffusionTransformer`, and back; its AutoencoderKL -> `HubAutoencoder`.
+"""diffusers' DiT and PixArt -> `DiffusionTransformer`, and back; its AutoencoderKL -> `HFAutoencoder`.
 
 DiT (arXiv:2212.09748) is steered by a class, PixArt (arXiv:2310.00426) by a text. What is drawn with them are an
 autoencoder's latents; both may predict a variance too: the last half of `out_channels`.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
-from mmtransformer.backbones.hub.autoencoder import HubAutoencoder
+from mmtransformer.backbones.hf.autoencoder import HFAutoencoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
 from mmtransformer.serialization.weight_files import read_safetensors
 from mmtransformer.weights.shared.configs import only, only_these, read_sizes
@@ -163,7 +163,7 @@ def save_dit(model: DiffusionTransformer, folder: str | Path) -> None:
     write_folder(folder, *dit_to_diffusers(model), weights=WEIGHTS)
 
 
-def load_autoencoder(source: str | Path) -> HubAutoencoder:
+def load_autoencoder(source: str | Path) -> HFAutoencoder:
     """An autoencoder out of diffusers' folder: a pipeline's, or its `vae` alone; needs diffusers.
 
     Args:
@@ -174,6 +174,6 @@ def load_autoencoder(source: str | Path) -> HubAutoencoder:
     """
     folder = find_folder(source)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    found = HubAutoencoder(read_json(folder / CONFIG))
+    found = HFAutoencoder(read_json(folder / CONFIG))
     load_strictly(found.model, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return found

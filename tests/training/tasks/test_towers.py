@@ -73,9 +73,9 @@ def test_parts_that_read_a_tower_get_its_width(tmp_path: Path) -> None:
     said = fit_widths(Namespace(init_args=Namespace(captioner=Namespace(init_args=inner))))
     assert said == [f"connector.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
     assert (inner.connector.init_args.visual_dim, inner.decoder.init_args.context_dim) == (20, 32)
-    flamingo = Namespace(vision=vision, connector=part("PerceiverResampler", dim=192), decoder=part("HubDecoder"))
+    flamingo = Namespace(vision=vision, connector=part("PerceiverResampler", dim=192), decoder=part("HFDecoder"))
     assert fit_widths(flamingo) == [f"connector.dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
-    llava = Namespace(vision=vision, projector=part("MLPProjector", visual_dim=192), decoder=part("HubDecoder"))
+    llava = Namespace(vision=vision, projector=part("MLPProjector", visual_dim=192), decoder=part("HFDecoder"))
     assert fit_widths(llava) == [f"projector.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
     bare = Namespace(vision=vision, decoder=part("TextDecoder", context_dim=192))
     assert len(fit_widths(bare)) == 1

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hf.decoder import HFDecoder
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.printable import printable
 from mmtransformer.weights.captioners import openflamingo
@@ -164,7 +164,7 @@ def definition(
 def test_it_is_by_its_definition(kind: str, tmp_path: Path) -> None:
     parts = folder(tmp_path, kind, every=2 if kind == "gpt_neox" else 1)
     ours, images = load(tmp_path), pictures()
-    assert isinstance(ours.model.decoder, HubDecoder) == (kind != "llama")
+    assert isinstance(ours.model.decoder, HFDecoder) == (kind != "llama")
     end, image = parts[1].config.vocab_size, parts[1].config.vocab_size + 1
     assert ours.tokenizer.eos_ids == (end,)
     rows = [[image, *words()(text, add_special_tokens=False).input_ids] for text in TEXTS]

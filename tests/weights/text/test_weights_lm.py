@@ -22,7 +22,7 @@ from mmtransformer import (
     TextDecoder,
     Tokenizer,
 )
-from mmtransformer.backbones.hub.decoder import HubDecoder
+from mmtransformer.backbones.hf.decoder import HFDecoder
 from mmtransformer.weights import lm_from_transformers, lm_to_transformers, load_lm, save_lm
 from mmtransformer.weights.text.llama import rope_of
 
@@ -238,7 +238,7 @@ def test_a_model_that_text_decoder_cannot_be_is_a_hub_decoder(tmp_path: Path) ->
         theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
         theirs.save_pretrained(tmp_path / name)
         found = load_lm(tmp_path / name)
-        assert isinstance(found, HubDecoder), name
+        assert isinstance(found, HFDecoder), name
         assert torch.equal(found.head(found(tokens)), theirs(tokens).logits), name
         with pytest.raises(ValueError, match="TextDecoder"):
             lm_from_transformers(theirs)

@@ -1,4 +1,4 @@
-"""HubDecoder: any causal language model of transformers behind the methods of our own decoders (extra: hf).
+"""HFDecoder: any causal language model of transformers behind the methods of our own decoders (extra: hf).
 
 Nothing of the model is edited: `before_block` runs in forward pre-hooks on the list of its layers, which live for one
 pass. So its weights keep their names, and without a hook it is the model, bit for bit.
@@ -30,7 +30,7 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequen
 _NO_LENGTH = 2048  # Models without a table of positions (ALiBi) name no length.
 
 
-class HubCache:
+class HFCache:
     """A cache of transformers, as `DecoderState` wants it."""
 
     def __init__(self, cache: Any) -> None:
@@ -47,7 +47,7 @@ class HubCache:
             self.cache.reorder_cache(rows)
 
 
-class HubDecoder(Pretrained, Decoder):
+class HFDecoder(Pretrained, Decoder):
     """A causal language model of transformers that `TextDecoder` cannot be: GPT-NeoX, BLOOM, Phi, Gemma, Falcon ...
 
     Args:
@@ -232,7 +232,7 @@ class HubDecoder(Pretrained, Decoder):
         total = count if state is None else state.length
         if mask is not None:
             if not isinstance(mask, Tensor):
-                raise ValueError(f"a HubDecoder takes masks as bool tensors (b q k) only, not {mask!r:.50}")
+                raise ValueError(f"an HFDecoder takes masks as bool tensors (b q k) only, not {mask!r:.50}")
             if not self.takes_masks:
                 raise ValueError(
                     f"transformers' {type(self.model).__name__} ignores masks (b q k), or cannot take them"
@@ -295,7 +295,7 @@ class HubDecoder(Pretrained, Decoder):
             x.__name__ for x in own if isinstance(x, type) and issubclass(x, DynamicCache) and x is not DynamicCache
         ]:
             raise ValueError(
-                f"the {self.model.config.model_type} family keeps a cache of its own ({special[0]}), which HubDecoder "
+                f"the {self.model.config.model_type} family keeps a cache of its own ({special[0]}), which HFDecoder "
                 "cannot hold: it runs without one only"
             )
         cache, max_len = DynamicCache(config=self.model.config), super().new_state(max_len).max_len
@@ -303,10 +303,10 @@ class HubDecoder(Pretrained, Decoder):
             cache.get_seq_length()
         except ValueError as error:
             raise ValueError(
-                f"the {self.model.config.model_type} family keeps a state instead of a cache, which HubDecoder cannot "
+                f"the {self.model.config.model_type} family keeps a state instead of a cache, which HFDecoder cannot "
                 "hold: it runs without one only"
             ) from error
-        return DecoderState(self.depth, max_len, caches=[HubCache(cache)])
+        return DecoderState(self.depth, max_len, caches=[HFCache(cache)])
 
 
 def _refuse_strangers(config: Any, where: str) -> None:

@@ -1,4 +1,4 @@
-"""HubCaptioner: any image-text-to-text model of transformers behind the methods of a captioner.
+"""HFCaptioner: any image-text-to-text model of transformers behind the methods of a captioner.
 
 Shapes: n rows of text, one a sample.
 """
@@ -25,7 +25,7 @@ _NO_LENGTH = 2048
 
 
 @dataclass
-class HubBatch(CaptionBatch):
+class HFBatch(CaptionBatch):
     """Pictures as they are, and what transformers' processor makes of them and their prompts.
 
     Attributes:
@@ -48,7 +48,7 @@ class HubBatch(CaptionBatch):
         return replace(super().pin_memory(), given={name: x.pin_memory() for name, x in self.given.items()})
 
 
-class HubState:
+class HFState:
     """What decoding remembers: what transformers' own `generate` hands from step to step.
 
     Args:
@@ -82,7 +82,7 @@ def _reordered(value: Any, rows: Tensor, n: int) -> Any:
     return value
 
 
-class HubCaptioner(Captioner):
+class HFCaptioner(Captioner):
     """A model of transformers that reads pictures and writes text, where no captioner here holds its family.
 
     Pixels, prompts and every step of decoding are transformers' own; the search, batches, scores and training are those
@@ -150,7 +150,7 @@ class HubCaptioner(Captioner):
     def _given(self, batch: CaptionBatch) -> dict[str, Tensor]:
         given: dict[str, Tensor] = getattr(batch, "given", {})
         if not given:
-            raise ValueError("a HubCaptioner reads what its processor makes of pictures and prompts: a HubBatch")
+            raise ValueError("an HFCaptioner reads what its processor makes of pictures and prompts: an HFBatch")
         return {name: x for name, x in given.items() if name in self._reads}
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
@@ -161,7 +161,7 @@ class HubCaptioner(Captioner):
         """
         given, (n, q) = self._given(batch), batch.tokens.shape
         if (b := len(batch.visual)) != n:
-            raise ValueError(f"{n} rows of {b} pictures: a HubCaptioner reads one a picture (captions_per_image: 1)")
+            raise ValueError(f"{n} rows of {b} pictures: an HFCaptioner reads one a picture (captions_per_image: 1)")
         real = batch.attention_mask.long()
         if self.seq2seq:
             with self._telling():
@@ -173,16 +173,14 @@ class HubCaptioner(Captioner):
         with self._telling():
             return self.model(input_ids=batch.tokens, attention_mask=real, use_cache=False, **given).logits
 
-    def prefill(
-        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, HubState]:
+    def prefill(self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, HFState]:
         """Reads pictures and prompts once, as transformers' `generate` prepares them; see `Captioner.prefill`."""
         with self._telling():
             model, tokens, config, kept = self.model.generate(
                 **self._given(batch), custom_generate=_prepared, max_new_tokens=max_new_tokens, num_beams=1,
                 do_sample=False, use_cache=True, return_dict_in_generate=False, num_return_sequences=1, min_length=0,
             )  # fmt: skip
-            logits = self._step(state := HubState(model, tokens, kept), model._prefill(tokens, config, kept))
+            logits = self._step(state := HFState(model, tokens, kept), model._prefill(tokens, config, kept))
         return repeat_rows(logits, state, expand_size)
 
     @contextmanager
@@ -203,14 +201,14 @@ class HubCaptioner(Captioner):
                 f"prompt: {told}; try the family's own prompt, and the processor's files of the model's own repository"
             ) from error
 
-    def decode_step(self, tokens: Tensor, state: HubState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: HFState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n v)."""
         state.tokens = torch.cat((state.tokens, tokens[:, None]), dim=1)
         given = state.model.prepare_inputs_for_generation(state.tokens, next_sequence_length=1, **state.kept)
         return self._step(state, state.model(**given, return_dict=True))
 
     @staticmethod
-    def _step(state: HubState, outputs: Any) -> Tensor:
+    def _step(state: HFState, outputs: Any) -> Tensor:
         model = state.model
         state.kept = model._update_model_kwargs_for_generation(
             outputs, state.kept, is_encoder_decoder=model.config.is_encoder_decoder

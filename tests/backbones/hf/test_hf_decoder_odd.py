@@ -1,4 +1,4 @@
-"""HubDecoder and families that are unlike the others: what of them works, and what is refused by name."""
+"""HFDecoder and families that are unlike the others: what of them works, and what is refused by name."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, HubDecoder, PrefixCaptioner, ViT, generate
+from mmtransformer import CaptionBatch, HFDecoder, PrefixCaptioner, ViT, generate
 
 VOCAB, LENGTH = 53, 9
 IDS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -35,9 +35,9 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
-def odd(family: str) -> HubDecoder:
+def odd(family: str) -> HFDecoder:
     torch.manual_seed(1)
-    return HubDecoder(ODD[family] | {"model_type": family}).eval()
+    return HFDecoder(ODD[family] | {"model_type": family}).eval()
 
 
 @pytest.mark.parametrize("family", ODD)

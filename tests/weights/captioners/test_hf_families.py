@@ -1,4 +1,4 @@
-"""HubCaptioner: the other families write, are scored and tuned as in transformers; what they cannot do is said."""
+"""HFCaptioner: the other families write, are scored and tuned as in transformers; what they cannot do is said."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFCaptioner
 from mmtransformer.data.loading.dataset import Collate, Sample
 from mmtransformer.data.loading.rows import CaptionRow
 from mmtransformer.data.loading.source import Caption
@@ -58,7 +58,7 @@ def test_it_writes_what_transformers_writes(case: tuple[Any, Any, Path, str]) ->
     """Prompts and pictures of several lengths and sizes in one batch, each as theirs alone."""
     theirs, processor, path, name = case
     ours = load(path)
-    assert isinstance(ours.model, HubCaptioner)
+    assert isinstance(ours.model, HFCaptioner)
     seen: Any = ours.batch(some_pictures())
     for texts, beams in ((SAID, 1), (SAID, 3), ([None] * 3, 1)):
         if (name, beams) != ("llama4", 3):  # whose own beam search does not run

@@ -1,4 +1,4 @@
-"""HubDecoder: language models of transformers that TextDecoder cannot be, behind our methods."""
+"""HFDecoder: language models of transformers that TextDecoder cannot be, behind our methods."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import CaptionBatch, Decoder, HubDecoder, generate
+from mmtransformer import CaptionBatch, Decoder, HFDecoder, generate
 from mmtransformer.serialization.pretrained import to_config
 
 VOCAB, LENGTH = 53, 9
@@ -44,9 +44,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 NO_MASKS = {"bloom"}
 
 
-def make(family: str, **options: Any) -> HubDecoder:
+def make(family: str, **options: Any) -> HFDecoder:
     torch.manual_seed(1)
-    decoder = HubDecoder(CONFIGS[family] | {"model_type": family} | options)
+    decoder = HFDecoder(CONFIGS[family] | {"model_type": family} | options)
     for parameter in decoder.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
     return decoder.eval()
@@ -177,8 +177,8 @@ def test_later_tokens_change_no_earlier_one_and_gradients_reach_the_door() -> No
 def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     decoder, asked = make(family), tokens()
     decoder.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["class"] == "HubDecoder"
-    again = HubDecoder.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["class"] == "HFDecoder"
+    again = HFDecoder.from_pretrained(tmp_path)
     assert torch.equal(again(asked), decoder(asked))
     assert again.max_len == decoder.max_len == (2048 if family == "bloom" else 37)
 
@@ -188,7 +188,7 @@ def test_a_folder_of_the_hub_is_loaded_strictly(tmp_path: Path) -> None:
 
     decoder, asked = make("gpt_neox"), tokens()
     decoder.model.save_pretrained(tmp_path)
-    assert torch.equal(HubDecoder.from_folder(tmp_path)(asked), decoder(asked))
+    assert torch.equal(HFDecoder.from_folder(tmp_path)(asked), decoder(asked))
     state = load_file(tmp_path / "model.safetensors")
     first = next(iter(state))
     for wrong, message in (
@@ -198,10 +198,10 @@ def test_a_folder_of_the_hub_is_loaded_strictly(tmp_path: Path) -> None:
     ):
         save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            HubDecoder.from_folder(tmp_path)
+            HFDecoder.from_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="transformers cannot load it"):
-        HubDecoder.from_folder(tmp_path)
+        HFDecoder.from_folder(tmp_path)
 
 
 def test_code_from_outside_is_not_run(tmp_path: Path) -> None:
@@ -209,18 +209,18 @@ def test_code_from_outside_is_not_run(tmp_path: Path) -> None:
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.A", "AutoModelForCausalLM": "mine.B"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="transformers cannot load it"):
-        HubDecoder.from_folder(tmp_path)
+        HFDecoder.from_folder(tmp_path)
     with pytest.raises(ValueError, match='family "mine"'):
-        HubDecoder(config)
+        HFDecoder(config)
 
 
 def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match='family "nothing"'):
-        HubDecoder({"model_type": "nothing"})
+        HFDecoder({"model_type": "nothing"})
     with pytest.raises(ValueError, match='family "None"'):
-        HubDecoder({})
+        HFDecoder({})
     with pytest.raises(ValueError, match='cannot build a language model of the family "clip"'):
-        HubDecoder({"model_type": "clip"})
+        HFDecoder({"model_type": "clip"})
     decoder = make("gpt_neox")
     with pytest.raises(ValueError, match=r"38 tokens.*37 positions"):
         decoder(torch.zeros(1, 38, dtype=torch.long))
@@ -230,12 +230,12 @@ def test_errors_name_what_is_wrong() -> None:
         decoder(torch.tensor([[3, VOCAB]]))
     with pytest.raises(ValueError, match="bool tensors"):
         decoder(tokens(), mask="causal")
-    assert HubDecoder(CONFIGS["bloom"] | {"model_type": "bloom"}, max_len=19).max_len == 19
+    assert HFDecoder(CONFIGS["bloom"] | {"model_type": "bloom"}, max_len=19).max_len == 19
 
 
 def test_models_without_a_cache_of_tokens_run_but_do_not_decode() -> None:
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2)
-    decoder = HubDecoder.from_model(transformers.MambaForCausalLM(config).eval())
+    decoder = HFDecoder.from_model(transformers.MambaForCausalLM(config).eval())
     asked = tokens()
     assert torch.equal(decoder.head(decoder(asked)), decoder.model(asked, use_cache=False).logits)
     with pytest.raises(ValueError, match="mamba family keeps a state"):
@@ -251,4 +251,4 @@ def test_a_model_whose_logits_are_made_otherwise_is_refused() -> None:
 
     config = transformers.GPT2Config(**GPT)
     with pytest.raises(ValueError, match=r"Louder are not its head's.*off by [0-9.]+"):
-        HubDecoder.from_model(Louder(config))
+        HFDecoder.from_model(Louder(config))

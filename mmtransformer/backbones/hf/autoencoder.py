@@ -1,4 +1,4 @@
-"""HubAutoencoder: an autoencoder of diffusers, which must be installed, makes images small for `DiffusionTransformer`.
+"""HFAutoencoder: an autoencoder of diffusers, which must be installed, makes images small for `DiffusionTransformer`.
 
 Latent diffusion (arXiv:2112.10752): what is drawn are latents, an eighth of the image's side as a rule.
 
@@ -15,7 +15,7 @@ from mmtransformer.serialization.pretrained import Pretrained
 _KIND = "AutoencoderKL"
 
 
-class HubAutoencoder(Pretrained, nn.Module):
+class HFAutoencoder(Pretrained, nn.Module):
     """diffusers' `AutoencoderKL` (of Stable Diffusion 1 to 3, SDXL, Flux), frozen: its weights stay what they are.
 
     Images are in [-1, 1], as `ImageTransform` makes them with its usual mean and deviation of 0.5. Latents come out as
@@ -33,7 +33,7 @@ class HubAutoencoder(Pretrained, nn.Module):
         super().__init__()
         kind = config.get("_class_name", _KIND)
         if kind != _KIND:
-            raise ValueError(f'the config is of a "{kind}", and HubAutoencoder holds {_KIND}')
+            raise ValueError(f'the config is of a "{kind}", and HFAutoencoder holds {_KIND}')
         diffusers = _diffusers()
         given = {name: value for name, value in config.items() if not name.startswith("_")}
         try:
@@ -73,6 +73,6 @@ def _diffusers() -> Any:
     try:
         import diffusers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        needed = 'HubAutoencoder needs diffusers, which is not installed (the extra "draw"; docs/install.md)'
+        needed = 'HFAutoencoder needs diffusers, which is not installed (the extra "draw"; docs/install.md)'
         raise ValueError(needed) from error
     return diffusers

@@ -1,4 +1,4 @@
-"""HubCaptioner: models that transformers alone holds write the same ids as there, are scored, tuned and exported."""
+"""HFCaptioner: models that transformers alone holds write the same ids as there, are scored, tuned and exported."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.captioners.published.hub_captioner import HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFCaptioner
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
@@ -52,7 +52,7 @@ def test_it_writes_what_transformers_writes(
     theirs, _, path, name = case
     ours = load(path)
     assert f"{name} is no family of this library's own, so it runs in transformers" in (capsys.readouterr().err)
-    assert isinstance(ours.model, HubCaptioner)
+    assert isinstance(ours.model, HFCaptioner)
     texts, given, count = asked(case, ours)
     if name != "kosmos-2":
         start = {"decoder_input_ids": torch.full((3, 1), 2)} if name == "florence2" else {}

@@ -1,4 +1,4 @@
-"""HubAutoencoder: diffusers' AutoencoderKL as it is, frozen, and a model that draws its latents."""
+"""HFAutoencoder: diffusers' AutoencoderKL as it is, frozen, and a model that draws its latents."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from PIL import Image
 from mmtransformer import (
     CaptionBatch,
     DiffusionTransformer,
-    HubAutoencoder,
+    HFAutoencoder,
     ImageGenerationConfig,
     ImageGenerator,
     ImageTransform,
@@ -44,10 +44,10 @@ def test_a_folder_of_diffusers_and_what_is_wrong_with_one(tmp_path: Path) -> Non
         again = load_autoencoder(source)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), found.parameters(), strict=True))
         assert (again.factor, again.scale, again.shift) == (4, 0.3, 0.2)
-    with pytest.raises(ValueError, match='the config is of a "AutoencoderDC", and HubAutoencoder holds AutoencoderKL'):
-        HubAutoencoder({"_class_name": "AutoencoderDC"})
+    with pytest.raises(ValueError, match='the config is of a "AutoencoderDC", and HFAutoencoder holds AutoencoderKL'):
+        HFAutoencoder({"_class_name": "AutoencoderDC"})
     with pytest.raises(ValueError, match="cannot build this AutoencoderKL"):
-        HubAutoencoder(SMALL | {"norm_num_groups": 5})
+        HFAutoencoder(SMALL | {"norm_num_groups": 5})
     config = tmp_path / "pipeline" / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"latent_channels": 3}), "utf-8")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors does not fit AutoencoderKL"):
@@ -56,8 +56,8 @@ def test_a_folder_of_diffusers_and_what_is_wrong_with_one(tmp_path: Path) -> Non
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r"HubAutoencoder needs diffusers, .* \(the extra \"draw\"; docs/install.md\)"):
-        HubAutoencoder(SMALL)
+    with pytest.raises(ValueError, match=r"HFAutoencoder needs diffusers, .* \(the extra \"draw\"; docs/install.md\)"):
+        HFAutoencoder(SMALL)
 
 
 def model(channels: int = 4) -> TextToImageModel:

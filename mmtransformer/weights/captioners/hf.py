@@ -1,4 +1,4 @@
-"""Every other image-text-to-text model of transformers -> `HubCaptioner`, with its own processor, and back."""
+"""Every other image-text-to-text model of transformers -> `HFCaptioner`, with its own processor, and back."""
 
 import dataclasses
 import sys
@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.batch import CaptionBatch
-from mmtransformer.captioners.published.hub_captioner import HubBatch, HubCaptioner
+from mmtransformer.captioners.published.hf_captioner import HFBatch, HFCaptioner
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
@@ -45,7 +45,7 @@ _THUMB = ImageTransform(8, "squash")
 _PLACES = ("text_config", "language_config", "thinker_config", "decoder")
 
 
-def hub_types() -> frozenset[str]:
+def hf_types() -> frozenset[str]:
     """The model types of transformers that read pictures and texts, and write text; none where it is not installed."""
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -54,7 +54,7 @@ def hub_types() -> frozenset[str]:
     return frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
-def load_hub(source: str | Path) -> HubCaptioner:
+def load_hf(source: str | Path) -> HFCaptioner:
     """A model that transformers holds, from a folder: safetensors only, none missing, no code from outside.
 
     Raises:
@@ -77,16 +77,16 @@ def load_hub(source: str | Path) -> HubCaptioner:
     if faults := {name: sorted(map(str, found)) for name, found in report.items() if found}:
         told = "; ".join(f"{name}: {', '.join(found[:3])} ({len(found)} in all)" for name, found in faults.items())
         raise ValueError(f"{folder} does not fit transformers' {type(model).__name__}; {told}")
-    return HubCaptioner(model.eval())
+    return HFCaptioner(model.eval())
 
 
-def save_hub(model: HubCaptioner, folder: str | Path) -> None:
+def save_hf(model: HFCaptioner, folder: str | Path) -> None:
     """Writes a folder that transformers reads."""
     refuse_lora(model)
     model.model.save_pretrained(str(folder))
 
 
-class HubProcessor(Processor):
+class HFProcessor(Processor):
     """Pictures and prompts as transformers' own processor makes them, from the folder's files.
 
     What a user says becomes a conversation by the folder's chat template; without one it is the text itself, with the
@@ -127,15 +127,15 @@ class HubProcessor(Processor):
         """The picture itself: its processor reads it with its prompt."""
         return image
 
-    def batch_of(self, prepared: Sequence[Image]) -> HubBatch:
+    def batch_of(self, prepared: Sequence[Image]) -> HFBatch:
         """Pictures as a batch without texts; see `Processor`."""
         none = torch.zeros(len(prepared), 0, dtype=torch.long)
         thumbs = torch.stack([_THUMB(image) for image in prepared])
-        return HubBatch(none, none.bool(), none.bool(), pixels=thumbs, images=tuple(prepared))
+        return HFBatch(none, none.bool(), none.bool(), pixels=thumbs, images=tuple(prepared))
 
     def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         """The batch with what the model reads; see `Processor`."""
-        assert isinstance(batch, HubBatch)
+        assert isinstance(batch, HFBatch)
         given, asked = self._given(batch.images, texts)
         device = batch.tokens.device
         if self.start is None:
@@ -154,7 +154,7 @@ class HubProcessor(Processor):
 
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
         """The ids of a picture's prompt; see `Processor`."""
-        assert isinstance(batch, HubBatch)
+        assert isinstance(batch, HFBatch)
         given, (asked,) = self._given(batch.images[sample : sample + 1], [text])
         return given["input_ids"][0].tolist() if self.start is None else [self.start, *asked]
 
@@ -165,7 +165,7 @@ class HubProcessor(Processor):
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """Rows of training with what else the model reads; see `Processor`."""
-        assert isinstance(batch, HubBatch)
+        assert isinstance(batch, HFBatch)
         q = batch.tokens.shape[1]
         given, _ = self._given(batch.images, questions_of(batch, len(batch.images)))
         beside: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""HubSeq2Seq: an encoder-decoder of transformers (T5, Flan-T5, mT5) behind our `Transformer`'s methods (extra: hf).
+"""HFSeq2Seq: an encoder-decoder of transformers (T5, Flan-T5, mT5) behind our `Transformer`'s methods (extra: hf).
 
 Shapes: n rows of sources (n divides b), k source tokens, p embeddings in front of them.
 """
@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState
-from mmtransformer.backbones.hub.decoder import HubCache
+from mmtransformer.backbones.hf.decoder import HFCache
 from mmtransformer.backbones.seq2seq import EncodedSource, TransformerState, join_prefix
 from mmtransformer.batch.base import vocabulary_error
 from mmtransformer.serialization.pretrained import Pretrained
@@ -17,7 +17,7 @@ _FAMILIES = ("t5", "mt5", "umt5")
 _LENGTH = 2048  # T5's positions are relative: they name no length.
 
 
-class HubSeq2Seq(Pretrained, nn.Module):
+class HFSeq2Seq(Pretrained, nn.Module):
     """An encoder-decoder of transformers, as a language model of captioners.
 
     Args:
@@ -33,10 +33,10 @@ class HubSeq2Seq(Pretrained, nn.Module):
         try:
             from transformers import AutoConfig, AutoModelForSeq2SeqLM
         except ImportError as error:
-            raise ValueError("HubSeq2Seq needs transformers: pip install transformers") from error
+            raise ValueError("HFSeq2Seq needs transformers: pip install transformers") from error
         family = config.get("model_type", "")
         if family not in _FAMILIES:
-            raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{family}"')
+            raise ValueError(f'HFSeq2Seq holds {", ".join(_FAMILIES)}, not "{family}"')
         settings = {name: value for name, value in config.items() if name != "model_type"}
         self._adopt(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **settings)).eval(), max_len)
 
@@ -49,7 +49,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         """
         config: Any = model.config
         if config.model_type not in _FAMILIES:
-            raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{config.model_type}"')
+            raise ValueError(f'HFSeq2Seq holds {", ".join(_FAMILIES)}, not "{config.model_type}"')
         found = cls.__new__(cls)
         nn.Module.__init__(found)
         found._adopt(model, max_len)
@@ -126,7 +126,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         from transformers import DynamicCache, EncoderDecoderCache
 
         own, cross = (DynamicCache(config=self.model.config) for _ in range(2))
-        return DecoderState(1, max_len, caches=[HubCache(EncoderDecoderCache(own, cross))])
+        return DecoderState(1, max_len, caches=[HFCache(EncoderDecoderCache(own, cross))])
 
     def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
