@@ -563,7 +563,7 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (6, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (7, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
