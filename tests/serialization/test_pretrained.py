@@ -65,6 +65,7 @@ from mmtransformer.cli import main
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.checksums import checksum
 from mmtransformer.serialization.pretrained import (
+    FORMAT_VERSION,
     Pretrained,
     find_folder,
     from_config,
@@ -563,14 +564,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (7, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (FORMAT_VERSION, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (5, 7, None):
+    for version in (FORMAT_VERSION - 1, FORMAT_VERSION + 1, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 6: train it again"):
+        with pytest.raises(ValueError, match=f"config.json: format_version is {version}.*reads {FORMAT_VERSION}: "):
             TextDecoder.from_pretrained(tmp_path)
 
 
@@ -587,10 +588,10 @@ def test_a_folder_says_which_version_wrote_it_where_it_cannot_be_loaded(tmp_path
     edit(tmp_path, lambda c: c.update({"class": "LaterDecoder"}))
     with pytest.raises(ValueError, match=f'mmtransformer has no model class "LaterDecoder"{wrote}'):
         TextDecoder.from_pretrained(tmp_path)
-    edit(tmp_path, lambda c: c.update(format_version=7))
+    edit(tmp_path, lambda c: c.update(format_version=FORMAT_VERSION + 1))
     with pytest.raises(ValueError, match=f"load it with the version that saved it{wrote}"):
         TextDecoder.from_pretrained(tmp_path)
-    edit(tmp_path, lambda c: c.update({"format_version": 6, key: here}))
+    edit(tmp_path, lambda c: c.update({"format_version": FORMAT_VERSION, key: here}))
     for _ in range(2):  # written by this one; by one that wrote no version
         with pytest.raises(ValueError, match=r'has no model class "LaterDecoder"$'):
             TextDecoder.from_pretrained(tmp_path)
