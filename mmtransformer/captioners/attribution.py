@@ -56,9 +56,14 @@ def on_patches(
         num_prefix_tokens: how many of the p come before the patches (class token, registers); they are left out.
         grids: (b i 2) long, where images have grids of their own: each is stretched over the one grid, and keeps its
             sum.
+
+    Raises:
+        ValueError: if they are not as many as the patches.
     """
     weights = weights[..., num_prefix_tokens:]
     if grids is None:
+        if weights.shape[-1] != grid[0] * grid[1]:
+            raise ValueError(f"{weights.shape[-1]} weights of an image are not on its {grid[0]} x {grid[1]} patches")
         return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
     found, each = weights.new_zeros(*weights.shape[:3], *grid), len(weights) // len(grids)
     for row, sizes in enumerate(grids.tolist()):

@@ -21,6 +21,7 @@ from mmtransformer.batch.base import check_shape, with_images
 from mmtransformer.batch.captions import DOCUMENT_FIELDS, check_texts
 from mmtransformer.batch.images import token_mask
 from mmtransformer.layers.modes import freeze, is_frozen
+from mmtransformer.layers.record import has_attention
 from mmtransformer.losses.next_token import next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -122,8 +123,16 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     @property
     def has_heatmaps(self) -> bool:
-        """Whether `attention_map` can say anything: a language model that runs in transformers records nothing."""
-        return True
+        """Whether `attention_map` can say where in an image a word comes from; see `heatmap_error`."""
+        return self.heatmap_error is None
+
+    @property
+    def heatmap_error(self) -> str | None:
+        """Why there are no heat maps, None = there are: a language model that runs in transformers records nothing."""
+        writer = getattr(self, "decoder", self)  # A Q-Former writes by itself.
+        if has_attention(writer):
+            return None
+        return f"there are no heat maps of a {type(writer).__name__}, which runs in transformers"
 
     @abstractmethod
     def attention_map(self, batch: CaptionBatch) -> Tensor:

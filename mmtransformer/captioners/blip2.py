@@ -28,7 +28,7 @@ from mmtransformer.captioners.encoder_prefix import (
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.layers.linear import Linear
 from mmtransformer.layers.modes import evaluation_mode, freeze
-from mmtransformer.layers.record import has_attention, record_attention
+from mmtransformer.layers.record import record_attention
 
 
 @dataclass
@@ -140,11 +140,6 @@ class Blip2(Captioner):
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self.decoder.decode_step(tokens, state)
-
-    @property
-    def has_heatmaps(self) -> bool:
-        """Whether the decoder is of this library; see `Captioner`."""
-        return has_attention(self.decoder)
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

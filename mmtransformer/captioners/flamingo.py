@@ -19,7 +19,7 @@ from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, Captioner
 from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
-from mmtransformer.connectors.base import Connector, check_connector
+from mmtransformer.connectors.base import Connector, check_connector, heatmap_error
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
@@ -282,14 +282,24 @@ class Flamingo(Captioner):
             ]
         return context, None if bool(mask.all()) else mask
 
+    @property
+    def heatmap_error(self) -> str | None:
+        """That nobody knows what the connector's tokens have gathered, where that is so."""
+        return None if isinstance(self.connector, PerceiverResampler) else heatmap_error(self.connector)
+
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the images, through the latents: (n q i gh gw).
 
         The gated layers' weights on the latents, a mean of heads and of layers by how far their gates are open; times
         what each latent has gathered of the patches, followed through the resampler's layers as in attention rollout
-        (arXiv:2005.00928). What another connector has gathered is not known, and counts as the same of every patch.
+        (arXiv:2005.00928).
+
+        Raises:
+            ValueError: if the connector neither is a resampler nor keeps the patches' tokens.
         """
+        if self.heatmap_error:
+            raise ValueError(self.heatmap_error)
         with evaluation_mode(self):
             seen = replace(batch, pixels=None, visual_tokens=self.visual_tokens(batch))
             with record_attention(self.gated_blocks) as reads:
@@ -309,13 +319,8 @@ class Flamingo(Captioner):
     def _patches_of_latents(self, batch: CaptionBatch) -> Tensor:
         """What each latent holds of each visual token, at most 1 in sum: (b i l p)."""
         b, i, p = batch.visual.shape[0], batch.visual.shape[1], batch.visual.shape[2] - self._skipped
-        if self.connector is None:
+        if not isinstance(self.connector, PerceiverResampler):  # each is a patch's
             return torch.eye(p, device=batch.visual.device).expand(b, i, p, p)
-        if not isinstance(self.connector, PerceiverResampler):  # nobody knows: of all the same
-            real = None if batch.patch_grids is None else self.visual_mask(batch, p + self._skipped)
-            share = batch.visual.new_ones(b, i, p) if real is None else real[..., self._skipped :].to(batch.visual)
-            share = share / share.sum(-1, keepdim=True).clamp(min=1)
-            return share[:, :, None].expand(-1, -1, self._resample(batch).shape[2], -1)
         with record_attention(self.connector) as record:
             self._resample(batch)
         return rearrange(latents_rollout(record.values(), p), "(b i) l p -> b i l p", b=b)

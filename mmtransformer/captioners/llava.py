@@ -20,7 +20,7 @@ from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.tiles import Size, TileConfig
 from mmtransformer.connectors.projector import LinearProjector, MLPProjector
 from mmtransformer.layers.modes import evaluation_mode, freeze
-from mmtransformer.layers.record import has_attention, record_attention
+from mmtransformer.layers.record import record_attention
 
 
 class Llava(Captioner):
@@ -182,11 +182,6 @@ class Llava(Captioner):
             self.decoder.add_positions(x, positions), positions, attention_mask=attention_mask, state=state
         )
         return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
-
-    @property
-    def has_heatmaps(self) -> bool:
-        """Whether the decoder is of this library; see `Captioner`."""
-        return has_attention(self.decoder)
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

@@ -16,7 +16,7 @@ from mmtransformer.captioners.base import NATIVE, Captioner
 from mmtransformer.captioners.decoder_prefix import forward_with_prefix, in_image_order, prefill_with_prefix
 from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.layers.modes import evaluation_mode, freeze
-from mmtransformer.layers.record import has_attention, record_attention
+from mmtransformer.layers.record import record_attention
 
 
 class PrefixCaptioner(Captioner):
@@ -99,11 +99,6 @@ class PrefixCaptioner(Captioner):
         x = self.prefix_embeds(batch)
         real = self.prefix_mask(batch, x.shape[2])
         return prefill_with_prefix(self.decoder, x, batch, real, expand_size=expand_size, max_new_tokens=max_new_tokens)
-
-    @property
-    def has_heatmaps(self) -> bool:
-        """Whether the decoder is of this library; see `Captioner`."""
-        return has_attention(self.decoder)
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

@@ -13,7 +13,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import NATIVE, Captioner
-from mmtransformer.connectors.base import Connector, check_connector
+from mmtransformer.connectors.base import Connector, check_connector, heatmap_error
 from mmtransformer.layers.modes import evaluation_mode, freeze
 from mmtransformer.layers.record import record_attention
 from mmtransformer.serialization.pretrained import from_config, to_config
@@ -84,9 +84,20 @@ class VisionEncoderDecoder(Captioner):
         hidden = self.decoder(batch.tokens, context, attention_mask=attention_mask, context_mask=real, state=state)
         return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
 
+    @property
+    def heatmap_error(self) -> str | None:
+        """That the connector gives other tokens than the patches', where it does."""
+        return heatmap_error(self.connector)
+
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
-        """Cross-attention over the patches, the mean of all heads and layers: (n q i gh gw)."""
+        """Cross-attention over the patches, the mean of all heads and layers: (n q i gh gw).
+
+        Raises:
+            ValueError: if the connector does not keep the patches' tokens.
+        """
+        if self.heatmap_error:
+            raise ValueError(self.heatmap_error)
         with evaluation_mode(self), record_attention(self.decoder, keep="cross_attn") as record:
             self.hidden_states(batch)
         weights = rearrange(mean_weights(record.values()), "n q (i p) -> n q i p", i=batch.visual.shape[1])

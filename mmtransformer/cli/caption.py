@@ -202,9 +202,8 @@ class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
 
     def __init__(self, model: "ImageCaptioner", prompt_builder: "PromptBuilder | None", out: Path) -> None:
-        if not model.model.has_heatmaps:
-            kind = type(model.model).__name__
-            raise ValueError(f"--heatmap: there are no heat maps of a {kind} that runs in transformers: leave it out")
+        if model.model.heatmap_error:
+            raise ValueError(f"--heatmap: {model.model.heatmap_error}; leave it out")
         self.model, self.prompt_builder, self.out = model, prompt_builder, out
         self.cards, self.seen = [], 0
 

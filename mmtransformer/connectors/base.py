@@ -15,14 +15,14 @@ class Connector(Pretrained, nn.Module, ABC):
     place (`Llava`, `PaliGemma`, `PrefixCaptioner`), which is called in another way, and not of this class.
 
     A new one is a class of this kind, in a file beside this one or in a module of your own: it is saved if it keeps
-    each argument of its constructor under its name (docs/pytorch.md). For `VisionEncoderDecoder`'s attention maps
-    it gives a token a patch.
+    each argument of its constructor under its name (docs/pytorch.md).
 
     Attributes:
         visual_dim: width of the tokens that it takes.
         dim: width of those that it gives.
         max_images: most images of a row; None = any number, each by itself.
-        keeps_tokens: whether it gives a token for each that it takes.
+        keeps_tokens: whether it gives a token for each that it takes, in their order; heat maps then lay its tokens out
+            as patches. There are none behind one that does not, but for a `PerceiverResampler` in `Flamingo`.
     """
 
     visual_dim: int
@@ -54,6 +54,16 @@ class Connector(Pretrained, nn.Module, ABC):
             )
         x = self(visual_tokens, mask)
         return x, mask if self.keeps_tokens else mask.any(-1, keepdim=True).expand(x.shape[:3])
+
+
+def heatmap_error(connector: Connector | None) -> str | None:
+    """Why nobody knows which patches the tokens that are read come from; None = each is one patch's."""
+    if connector is None or connector.keeps_tokens:
+        return None
+    return (
+        f"there are no heat maps behind a {type(connector).__name__}: it does not give a token for each patch (a class "
+        f"of your own that does says keeps_tokens = True)"
+    )
 
 
 def check_connector(connector: object, visual_dim: int) -> None:

@@ -229,7 +229,10 @@ def heatmap_of(
 
     Raises:
         TypeError: of what is no `CaptionResult`, such as its text.
+        ValueError: if the model has no heat maps.
     """
+    if captioner.heatmap_error:
+        raise ValueError(captioner.heatmap_error)
     if not isinstance(said, CaptionResult):
         raise TypeError(
             f"a heat map is of a CaptionResult, one of those in captioner(image)[0], not of {said!r:.80}: "

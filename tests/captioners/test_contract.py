@@ -14,6 +14,7 @@ from mmtransformer import (
     Blip2QFormer,
     CaptionBatch,
     CoCa,
+    ConcatViT,
     Flamingo,
     GatedBlockConfig,
     Git,
@@ -27,6 +28,7 @@ from mmtransformer import (
     TextDecoder,
     VisionEncoderDecoder,
     ViT,
+    ViTPatchConfig,
     caption_loss,
 )
 from mmtransformer.captioners.base import Captioner
@@ -181,6 +183,27 @@ PADDED |= {
     f"{name}, window": (lambda make=make: make(decoder=lm(attention=AttentionConfig(window=5))))
     for name, make in (("prefix", prefix), ("blip2", blip2))
 }
+
+
+TOWERS: dict[str, Callable[[], ViT]] = {
+    "registers": lambda: ViT((16, 24), 8, 20, 1, 4, num_registers=2),
+    "patches alone": lambda: ViT((16, 24), 8, 20, 1, 4, class_token=False, pool="mean"),
+    "patches left out in training": lambda: ViT((16, 24), 8, 20, 1, 4, patches=ViTPatchConfig(patch_dropout=0.5)),
+    "two": lambda: ConcatViT(ViT((16, 24), 8, 12, 2, 4), ViT((16, 24), 8, 8, 1, 4), layers=(-2,)),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("kind", [kind for kind in BUILD if kind != "git"])
+def test_maps_are_of_patches_whatever_else_a_tower_gives(
+    kind: str, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "vit", TOWERS[tower])
+    model, given = shaken(BUILD[kind]()), batch()
+    found = model.attention_map(given)
+    assert found.shape == (4, 7, 1, 2, 3)
+    assert (found.sum((2, 3, 4)) <= 1 + 1e-5).all()
+    assert torch.equal(model.train().attention_map(given), found)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtransformer import ImageCaptioner
 from mmtransformer.cli.guards.own_modules import look_here, with_imports
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.serialization.printable import program
@@ -28,6 +29,13 @@ class MyConnector(Connector):
 
     def forward(self, visual_tokens, mask=None):
         return self.proj(visual_tokens)
+
+
+class Pools(MyConnector):
+    keeps_tokens = False
+
+    def forward(self, visual_tokens, mask=None):
+        return self.proj(visual_tokens.mean(2, keepdim=True))
 
 
 class Unannotated:
@@ -91,6 +99,23 @@ def test_an_own_connector_is_trained_saved_and_captions(here: Path, capsys: pyte
         code, both, err = mmt(capsys, "caption", "a.png", "b.png", "--model", "saved", *two)
         assert (code, err) == (0, "2 pictures captioned\n")
         assert both.count(out.strip()) == 2
+
+
+def test_heat_maps_end_at_a_connector_that_pools(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = mmt(capsys, "fit", "--config", "caption_scenes", "--config", "tiny", *connector("Pools"))
+    assert code == 0, err
+    assert (here / "runs" / "caption_scenes" / "gallery.png").is_file()
+    (said,) = (line for line in out.splitlines() if f"{program()} caption" in line)
+    assert "--heatmap" not in said
+    Scenes(image_size=64, train_size=1).split("train").image(0).save(here / "a.png")
+    words = ["--model", "runs/caption_scenes/model", "--import", "mine", "--language", "ko", "--device", "cpu"]
+    code, out, err = mmt(capsys, "caption", "a.png", *words, "--heatmap", "words.png")
+    assert (code, out) == (2, "")
+    assert "--heatmap: there are no heat maps behind a Pools: it does not give a token for each patch" in err
+    captioner = ImageCaptioner.from_pretrained("runs/caption_scenes/model", device="cpu")
+    (captions,) = captioner(["a.png"], language="ko")
+    with pytest.raises(ValueError, match="no heat maps behind a Pools"):
+        captioner.heatmap("a.png", captions[0])
 
 
 @pytest.mark.parametrize("command", ["fit", "plan"])

@@ -22,6 +22,7 @@ from mmtransformer import (
     caption_loss,
     generate,
 )
+from mmtransformer.layers.record import record_attention
 from mmtransformer.weights import to_openflamingo
 
 VOCAB = 53
@@ -76,12 +77,74 @@ def test_it_stands_where_the_librarys_own_stand(make: type[Captioner]) -> None:
     assert greedy.tokens[0] == logits[0, -1].argmax()
 
 
-def test_its_attention_map_knows_the_picture_only() -> None:
-    model = flamingo()
+class OneOfAll(HalfOfThem):
+    """All visual tokens in one."""
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        return self.proj(visual_tokens.mean(2, keepdim=True))
+
+
+class AsMany(HalfOfThem):
+    """As many tokens as were given, each a mixture of all of them."""
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        return self.proj(visual_tokens.flip(2) + visual_tokens.mean(2, keepdim=True))
+
+
+def resampler(latents: int) -> VisionEncoderDecoder:
+    decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, context_dim=20)
+    return VisionEncoderDecoder(
+        ViT(24, 8, 20, 1, 4), decoder, connector=PerceiverResampler(20, 1, 2, 8, latents)
+    ).eval()
+
+
+LOSES_PATCHES = {
+    "9 latents of 9 patches": lambda: resampler(9),
+    "10 of 9 and a class token": lambda: resampler(10),
+    "5 latents": lambda: resampler(5),
+    "a latent": lambda: resampler(1),
+    "half of them": encoder_decoder,
+    "one of all": lambda: encoder_decoder(connector=OneOfAll(20, 28)),
+    "as many": lambda: encoder_decoder(connector=AsMany(20, 28)),
+    "flamingo, half of them": flamingo,
+    "flamingo, as many": lambda: flamingo(connector=AsMany(20, 28)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSES_PATCHES)
+def test_tokens_that_are_no_patches_have_no_heat_map(kind: str) -> None:
+    model = LOSES_PATCHES[kind]()
+    name = type(model.connector).__name__
+    assert not model.has_heatmaps
+    with pytest.raises(ValueError, match=f"no heat maps behind a {name}: it does not give a token for each patch"):
+        model.attention_map(batch())
+
+
+@pytest.mark.parametrize("make", [encoder_decoder, flamingo])
+@pytest.mark.parametrize("connector", [lambda: LinearConnector(20, 28), lambda: TransformerConnector(20, 28)])
+def test_tokens_of_patches_have_theirs(make: Any, connector: Any) -> None:
+    torch.manual_seed(1)
+    model = make(connector=connector()).eval()
+    assert model.has_heatmaps
+    with record_attention(model, keep="cross_attn" if isinstance(model, VisionEncoderDecoder) else "gated") as record:
+        model.logits(batch())
+    want = torch.stack([weights.mean(1) for weights in record.values()]).mean(0)[..., 1:]
     found = model.attention_map(batch())
     assert found.shape == (2, 7, 1, 3, 3)
-    assert torch.equal(found, found[..., :1, :1].expand_as(found))
-    assert (found > 0).all()
+    torch.testing.assert_close(found, want.view(found.shape))
+
+
+def test_a_resampler_in_a_flamingo_is_followed_to_the_patches() -> None:
+    model = flamingo(connector=PerceiverResampler(20, 1, 2, 8, 5))
+    assert model.has_heatmaps
+    assert model.attention_map(batch()).shape == (2, 7, 1, 3, 3)
+
+
+def test_a_connector_that_says_that_it_keeps_what_it_does_not_is_told_so() -> None:
+    model = encoder_decoder()
+    model.connector.keeps_tokens = True  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(ValueError, match="4 weights of an image are not on its 3 x 3 patches"):
+        model.attention_map(batch())
 
 
 @pytest.mark.parametrize(

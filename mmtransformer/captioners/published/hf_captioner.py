@@ -216,17 +216,17 @@ class HFCaptioner(Captioner):
         return outputs.logits[:, -1].float()
 
     @property
-    def has_heatmaps(self) -> bool:
-        """No; see `attention_map`."""
-        return False
+    def heatmap_error(self) -> str:
+        """Always: transformers' models do not record where they look."""
+        return f"there are no heat maps of a {type(self.model).__name__}, which runs in transformers"
 
     def attention_map(self, batch: CaptionBatch) -> Tensor:
-        """None: transformers' models do not record where they look.
+        """None.
 
         Raises:
-            ValueError: always.
+            ValueError: always; see `heatmap_error`.
         """
-        raise ValueError(f"there are no heat maps of a {type(self.model).__name__}, which runs in transformers")
+        raise ValueError(self.heatmap_error)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, but for what is frozen."""

@@ -142,7 +142,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
 def _heat(
     model: ImageCaptioner, image: Image, prediction: Prediction, prompt_builder: PromptBuilder | None
 ) -> Tensor | None:
-    """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
+    """Where the model looked; None where it has no words, or has no heat maps."""
     if not prediction.said.words or not model.model.has_heatmaps:
         return None
     return model.heatmap(image, prediction.said, prompt_builder)
