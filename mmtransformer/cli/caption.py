@@ -179,8 +179,9 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShotProm
     from mmtransformer.pipelines.few_shot import FewShotPromptBuilder, check_reader
 
     check_reader(model.model)
+    known = model.tokenizer.languages
     try:
-        source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])
+        source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"], known_languages=known)
     except ValueError as error:
         if "--" not in str(error):
             raise

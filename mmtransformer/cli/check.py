@@ -43,7 +43,8 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(args.model) if args.model else None
-    source = open_pairs(args.root, read_options(args), max_bad_fraction=1.0)
+    known = () if tokenizer is None else tokenizer.languages
+    source = open_pairs(args.root, read_options(args), max_bad_fraction=1.0, known_languages=known)
     report = check(
         source,
         tokenizer=tokenizer,

@@ -252,11 +252,12 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
                 file=sys.stderr,
             )
         return Scenes(image_size=max(model.transform.size))
-    known = model.tokenizer.languages
-    read = read_options(args)
-    read = dataclasses.replace(read, default_language=read.default_language or (known[0] if known else None))
     source = open_pairs(
-        args.data, read, max_bad_fraction=args.max_bad_fraction, splits=[args.split if told else "train"]
+        args.data,
+        read_options(args),
+        max_bad_fraction=args.max_bad_fraction,
+        splits=[args.split if told else "train"],
+        known_languages=model.tokenizer.languages,
     )
     if told:
         say(source.describe())

@@ -89,11 +89,12 @@ class CaptionData(DataModule):
         )
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
-        self.source: PairSource = (
-            open_pairs(source, read, max_bad_fraction=loader.max_bad_fraction, splits=(splits.train, *splits.val))
-            if isinstance(source, str | Path)
-            else source
-        )
+        self._open: Callable[..., PairSource] | None = None  # a path, once more
+        if isinstance(source, str | Path):
+            wanted = (splits.train, *splits.val)
+            self._open = partial(open_pairs, source, read, max_bad_fraction=loader.max_bad_fraction, splits=wanted)
+            source = self._open()
+        self.source: PairSource = source
         self.processor: Processor | None = None
         self._opening: Callable[[str | None], Opening] | None = None
         self._tiled: Processor | None = None
@@ -145,6 +146,8 @@ class CaptionData(DataModule):
                 f"data.transform would have no effect: the model that is trained on reads pictures as {transform}, not "
                 f"as {self._own_transform}; leave data.transform out"
             )
+        if self._open is not None and not self.source.languages and tokenizer.languages:
+            self.source = self._open(known_languages=tokenizer.languages)
         self.tokenizer, self.transform, self.processor = tokenizer, transform, processor
         self._opening, self._tiled = None, None
         if processor is not None:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import glob
+import logging
 import re
 import tarfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.hub_dataset import HubDataset, card_configs
 from mmtransformer.serialization.untrusted import leads_out
 
+_log = logging.getLogger(__name__)
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(?:convert|pr)/[\w.-]+|[\w.%-]+))?"
     r"(/(?P<below>[^/.].*?)?/?)?",
@@ -60,6 +62,7 @@ def open_pairs(
     max_bad_fraction: float = 0.01,
     splits: Collection[str] | None = None,
     hub: HubOptions = HubOptions(),  # noqa: B008 (frozen)
+    known_languages: Sequence[str] = (),
 ) -> PairFiles | TarShards | InterleavedPairs | HubPairs:
     """Opens what a path names: `TarShards`, the pictures of `InterleavedFiles` with texts after them, or `PairFiles`.
 
@@ -73,11 +76,25 @@ def open_pairs(
         max_bad_fraction: Share of the rows that may be unusable.
         splits: What is going to be asked for; others of a hub's data set are fetched when they are. None = all.
         hub: How a name is looked up.
+        known_languages: Those of the model that the pairs are read for. Where nothing at all names a language (see
+            `PairFiles`), its captions are in English if it knows that, else in the first: it learns and writes them
+            behind a language's tag.
 
     Raises:
         ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there; or the
             hub has not got it, or does not give it.
     """
+    found = _open_pairs(root, read, max_bad_fraction, splits, hub)
+    if found.languages or not known_languages or read.default_language is not None:
+        return found
+    code = "en" if "en" in known_languages else known_languages[0]
+    _log.warning("%s: nothing names a language: read as %s, which the model knows (--default-language)", root, code)
+    return _open_pairs(root, dataclasses.replace(read, default_language=code), max_bad_fraction, splits, hub)
+
+
+def _open_pairs(
+    root: str | Path, read: ReadOptions, max_bad_fraction: float, splits: Collection[str] | None, hub: HubOptions
+) -> PairFiles | TarShards | InterleavedPairs | HubPairs:
     open_files = partial(_open_files, max_bad_fraction=max_bad_fraction)
     if (name := hub_name(root)) is not None:
         revision = name["revision"] and unquote(name["revision"])
