@@ -128,6 +128,15 @@ def test_saved_models_need_no_trainer() -> None:
         assert (done.returncode, done.stdout.split()) == (0, []), f"{name}: {done.stdout}{done.stderr}"
 
 
+def test_contributing_tells_the_import_order() -> None:
+    """A row names folders by their top level; which of two comes first in a row is which is imported first."""
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = page.partition("| folders | |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    tops = [name for name in IMPORT_ORDER if "/" not in name]
+    assert told == tops
+
+
 def test_folders_stay_small() -> None:
     counts = {f: len([p for p in f.iterdir() if p.is_file()]) for f in {path.parent for path in modules()}}
     large = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > MAX_FILES]

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 
 import draw_packages
 import list_families
+import mmtransformer
 from mmtransformer import CLIP, ImageTextEmbedder, ImageTransform, TextTower, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import recipe_file
@@ -293,6 +294,14 @@ def test_readme_is_short_and_leads_to_every_page() -> None:
 def test_readme_has_every_recipe() -> None:
     listed = re.findall(r"\(recipes/(\w+)\.yaml\)", PAGES["README.md"])
     assert sorted(listed) == RECIPES
+
+
+def test_every_public_name_has_its_line() -> None:
+    section = PAGES["docs/parts.md"].partition("\n## All public names\n")[2]
+    rows = re.findall(r"^\| (`.*?) \| .+ \|$", section, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == mmtransformer.__all__
+    folders = {name for name in dir(mmtransformer) if name[0] != "_"} - {*mmtransformer.__all__}
+    assert folders <= {*re.findall(r"`(\w+)`", section)}
 
 
 def test_files_are_listed() -> None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from mmtransformer.metrics.cider import cider_d
 from mmtransformer.metrics.diversity import distinct, diversity, repeated
 from mmtransformer.metrics.java import NotComputed, meteor, meteor_statistics, spice
 from mmtransformer.metrics.rouge import longest_common, rouge_l
-from mmtransformer.metrics.scores import TABLE
+from mmtransformer.metrics.scores import TABLE, CaptionScores
 
 WORDS = tokenize("a dog cat red blue runs sits on the near big small tree house man woman 별 원")
 FROZEN = json.loads((Path(__file__).parent / "meteor_official.json").read_text("utf-8"))
@@ -206,6 +207,11 @@ def test_intervals_do_not_depend_on_how_many_draws_are_held_at_once(monkeypatch:
     monkeypatch.setattr(bootstrap_module, "_BLOCK", 37 * 13)
     np.testing.assert_allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, n_resamples=101, seed=7))
     assert not np.allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, n_resamples=101, seed=8))
+
+
+def test_every_score_is_described() -> None:
+    described = re.findall(r"``([a-z_]+?)(?:_\d)?``", CaptionScores.__doc__ or "")
+    assert {re.sub(r"_\d$", "", name) for name in TABLE} <= {*described}
 
 
 def test_scores_lie_within_their_intervals_and_repeat() -> None:

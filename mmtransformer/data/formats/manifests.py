@@ -13,7 +13,7 @@
 - lines: a list of pictures alone, and beside it files with their captions line by line: train_images.txt, train.en
 - parquet: a table with the pictures' bytes or paths
 - arrow: the same as `datasets.save_to_disk` writes it
-- excel: a workbook (.xlsx), its first sheet with such columns
+- excel: a workbook (.xlsx), all of its sheets with such columns
 
 Conversations with one question (LLaVA's, chats') and tasks of Label Studio are read as jsonl or json.
 """

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.columns import Columns, find_columns
+from mmtransformer.data.files.endings import IMAGES, UNREAD
 from mmtransformer.data.files.read_options import Format, ReadOptions
 from mmtransformer.data.files.shards import ShardError, TarShards
 from mmtransformer.data.files.tables import read_table
-from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS
+from mmtransformer.data.formats import manifests
+from mmtransformer.data.formats.readers import BY_SUFFIX, FORMATS, SUFFIXES
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
@@ -223,3 +226,9 @@ def test_every_format_has_a_reader_and_no_ending_two_formats() -> None:
     assert {*get_args(Format)} == {"auto", "folder", *FORMATS}
     endings = [suffix for format in FORMATS.values() for suffix in format.suffixes]
     assert len(endings) == len(set(endings)) == len(BY_SUFFIX)
+
+
+def test_every_format_is_described_and_none_is_said_to_be_unread() -> None:
+    described = re.findall(r"^- (\w+): ", manifests.__doc__ or "", re.MULTILINE)
+    assert described == [name for name in get_args(Format) if name != "auto"]
+    assert not set(UNREAD) & {*SUFFIXES, *IMAGES}
