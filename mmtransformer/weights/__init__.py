@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING
 from mmtransformer.lazy import lazy
 
 if TYPE_CHECKING:
-    from mmtransformer.weights.captioners.blip import from_blip as from_blip
     from mmtransformer.weights.captioners.blip import load_blip as load_blip
     from mmtransformer.weights.captioners.blip import save_blip as save_blip
     from mmtransformer.weights.captioners.blip import to_blip as to_blip
-    from mmtransformer.weights.captioners.blip2 import from_blip2 as from_blip2
     from mmtransformer.weights.captioners.blip2 import load_blip2 as load_blip2
     from mmtransformer.weights.captioners.blip2 import save_blip2 as save_blip2
     from mmtransformer.weights.captioners.blip2 import to_blip2 as to_blip2
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.git import to_git as to_git
     from mmtransformer.weights.captioners.hf import load_hf as load_hf
     from mmtransformer.weights.captioners.hf import save_hf as save_hf
-    from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
     from mmtransformer.weights.captioners.idefics import to_idefics as to_idefics
@@ -46,9 +43,6 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.parts.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.parts.qformer import qformer_from_bert as qformer_from_bert
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
-        from_vision_encoder_decoder as from_vision_encoder_decoder,
-    )
-    from mmtransformer.weights.captioners.vision_encoder_decoder import (
         load_vision_encoder_decoder as load_vision_encoder_decoder,
     )
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
@@ -68,12 +62,11 @@ if TYPE_CHECKING:
     from mmtransformer.weights.families import Family as Family
     from mmtransformer.weights.families import families_for as families_for
     from mmtransformer.weights.families import family_of as family_of
+    from mmtransformer.weights.families import from_transformers as from_transformers
     from mmtransformer.weights.text.bert import encoder_to_bert as encoder_to_bert
-    from mmtransformer.weights.text.bert import from_bert as from_bert
     from mmtransformer.weights.text.bert import load_bert as load_bert
     from mmtransformer.weights.text.bert import save_bert as save_bert
     from mmtransformer.weights.text.gpt2 import decoder_to_gpt2 as decoder_to_gpt2
-    from mmtransformer.weights.text.lm import lm_from_transformers as lm_from_transformers
     from mmtransformer.weights.text.lm import lm_to_transformers as lm_to_transformers
     from mmtransformer.weights.text.lm import load_lm as load_lm
     from mmtransformer.weights.text.lm import load_tokenizer as load_tokenizer

@@ -164,7 +164,7 @@ def part_decode(name: str, device: Any, tiny: bool) -> Found:
 
     from mmtransformer import CaptionBatch, CudaGraphRunner, generate
     from mmtransformer.generation.cuda_graph import cuda_graph
-    from mmtransformer.weights import lm_from_transformers
+    from mmtransformer.weights import from_transformers
 
     import transformers  # isort: skip
 
@@ -172,7 +172,7 @@ def part_decode(name: str, device: Any, tiny: bool) -> Found:
     torch.manual_seed(0)
     peer: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1 if tiny else 12)).eval()
     peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = VOCAB - 1
-    ours: Any = lm_from_transformers(peer).to(device, torch.bfloat16)
+    ours: Any = from_transformers(peer).to(device, torch.bfloat16)
     peer = peer.to(device, torch.bfloat16)
     record = cuda_graph if device.type == "cuda" else lambda step: step
     graph = CudaGraphRunner(ours, record)

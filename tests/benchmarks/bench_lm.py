@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmtransformer import CaptionBatch, generate
 from mmtransformer.layers.weight_prepacking import prepack_weights
-from mmtransformer.weights import lm_from_transformers
+from mmtransformer.weights import from_transformers
 
 PROMPT, NEW, VOCAB = 16, 64, 50257
 TARGETS = {"fp32": {1: 1.0, 8: 2.2, 32: 1.0}, "int8": {1: 2.0, 8: 3.0, 32: 2.0}, "bf16": {1: None, 8: None, 32: None}}
@@ -52,7 +52,7 @@ def peer_ids(peer: Any, tokens: Tensor) -> list[list[int]]:
 def main() -> None:
     args = start(__doc__ or "", weights=("fp32", "bf16", "int8"), peer=("fp32", "bf16"))
     peer = make_peer()
-    ours = lm_from_transformers(peer)
+    ours = from_transformers(peer)
     peer = peer.bfloat16() if args.peer == "bf16" else peer
     ours = prepack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows, target in TARGETS[args.weights].items():

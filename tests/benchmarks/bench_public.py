@@ -32,8 +32,7 @@ from transformers.utils import logging
 from mmtransformer import CaptionBatch, Captioner, GenerationConfig, generate
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import resolve_precision
-from mmtransformer.weights import from_blip, from_vision_encoder_decoder
-from mmtransformer.weights.captioners.git import git_from_state
+from mmtransformer.weights import from_transformers
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -78,14 +77,10 @@ def git(small: bool) -> tuple[nn.Module, int, int, dict[str, Any]]:
     return loud(GitForCausalLM(config)), 64 if small else 224, 101, {"max_new_tokens": 20}
 
 
-def from_git(model: Any) -> Captioner:
-    return git_from_state(model.config.to_dict(), model.state_dict(), "transformers' GIT")
-
-
-FAMILIES: dict[str, tuple[Callable[[bool], tuple[Any, int, int, dict[str, Any]]], Callable[[Any], Any], int]] = {
-    "BLIP": (blip, from_blip, 102),
-    "ViT-GPT2": (vit_gpt2, from_vision_encoder_decoder, 50256),
-    "GIT": (git, from_git, 102),
+FAMILIES: dict[str, tuple[Callable[[bool], tuple[Any, int, int, dict[str, Any]]], int]] = {
+    "BLIP": (blip, 102),
+    "ViT-GPT2": (vit_gpt2, 50256),
+    "GIT": (git, 102),
 }
 
 TARGETS = {"BLIP": 2.0, "ViT-GPT2": 1.5, "GIT": 1.0}
@@ -108,12 +103,12 @@ def peer_ids(peer: Any, pixels: Tensor, search: dict[str, Any]) -> list[list[int
 def main() -> None:
     args = start(__doc__ or "", weights=("fp32", "bf16", "int8", "auto"), peer=("fp32", "bf16"), size=("base", "small"))
     logging.set_verbosity_error()
-    for family, (make, convert, end) in FAMILIES.items():
+    for family, (make, end) in FAMILIES.items():
         names = {r: f"{family} {args.size}, pictures: {r}, {args.weights} beside {args.peer}" for r in (1, 8)}
         if not any(args.only in name for name in names.values()):
             continue
         peer, side, first, search = make(args.size == "small")
-        ours = convert(peer)
+        ours = from_transformers(peer)
         precision = resolve_precision(args.weights, None, "cpu", ours.decoder)
         ours = for_inference(ours, precision)
         peer = peer.bfloat16() if args.peer == "bf16" else peer

@@ -29,7 +29,7 @@ from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, gener
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.layers.weight_prepacking import prepack_weights
-from mmtransformer.weights import from_blip2
+from mmtransformer.weights import from_transformers
 from mmtransformer.weights.captioners.parts.qformer import BLIP2, qformer_keys
 from mmtransformer.weights.shared.dtype import cast_frozen
 from mmtransformer.weights.shared.keys import fill, key_mappings
@@ -167,7 +167,7 @@ def stage2() -> tuple[Blip2, Any]:
     nn.init.normal_(peer.query_tokens, std=0.02)
     peer.vision_model.requires_grad_(False)
     peer.language_model.requires_grad_(False)
-    ours = from_blip2(peer)
+    ours = from_transformers(peer)
     assert isinstance(ours, Blip2)
     return ours, peer
 

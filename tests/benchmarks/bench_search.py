@@ -32,7 +32,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import load
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.search.nearest import nearest
-from mmtransformer.weights import clip_from_transformers, from_timm
+from mmtransformer.weights import from_timm, from_transformers
 
 SIZE, BATCH = (640, 480), 32
 CLIP_COLOURS: dict[str, Any] = {
@@ -95,7 +95,7 @@ def transformers_clip() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tens
     def encode(batch: Tensor) -> Tensor:
         return peer.visual_projection(peer.vision_model(pixel_values=batch).pooler_output)
 
-    model = clip_from_transformers(peer.config.to_dict(), peer.state_dict(), "the peer")
+    model = from_transformers(peer)
     ours = ImageTransform(224, resize="crop", backend="torchvision", **CLIP_COLOURS)
     return pixels, encode, Tower(model, model.encode_image, ours)
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from mmtransformer import CaptionBatch, caption_loss
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.training.tasks.tuning import TuningConfig
-from mmtransformer.weights import from_blip, load_blip
+from mmtransformer.weights import from_transformers, load_blip
 
 WORDS = 16
 END = 102
@@ -148,7 +148,7 @@ def main() -> None:
         if args.only in "memory":
             memory(size, folder, side, first, search, args.threads)
     if args.only in "LoRA step":
-        mine, them = steps(peer, from_blip(peer), args.rows, side, first)
+        mine, them = steps(peer, from_transformers(peer), args.rows, side, first)
         print(f"losses: {mine.loss().item():.4f} and {them.loss().item():.4f}")
         name = f"LoRA step BLIP {args.size}, fp32, captions: {args.rows}"
         compare(name, mine, them, target=1.3, pairs=args.pairs, unit=(args.rows, "captions"))

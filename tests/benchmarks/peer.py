@@ -5,7 +5,7 @@ import transformers
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, LinearConnector, VisionEncoderDecoder, ViT, ViTBlockConfig
-from mmtransformer.weights import lm_from_transformers
+from mmtransformer.weights import from_transformers
 
 VOCAB, IMAGE_TOKENS = 50257, 197
 
@@ -28,7 +28,7 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
             tower's own 192-wide tokens, as our captioners do; else the projection stays a layer, as the peer has it.
     """
     projection: Tensor = peer.enc_to_dec_proj.weight.data
-    decoder = lm_from_transformers(peer.decoder)
+    decoder = from_transformers(peer.decoder)
     vision = vision_of(peer.encoder)
     if not folded:
         connector = LinearConnector(projection.shape[1], projection.shape[0])

@@ -12,7 +12,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from mmtransformer import Flamingo, GatedBlockConfig, PerceiverResampler, ViT
-from mmtransformer.weights import lm_from_transformers
+from mmtransformer.weights import from_transformers
 from mmtransformer.weights.captioners.idefics import GATED, RESAMPLER
 from mmtransformer.weights.shared.keys import fill
 
@@ -68,7 +68,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
     fill(resampler, RESAMPLER, peer.resampler.state_dict(), "the peer")
     model = Flamingo(
         ViT(16, 16, VISUAL, 1, 12),
-        lm_from_transformers(peer.lm),
+        from_transformers(peer.lm),
         connector=resampler,
         gated=GatedBlockConfig(
             num_heads=12, activation="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True

@@ -317,7 +317,7 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
     """As transformers' model of the family reads them as embeddings; and step by step, padded on the left."""
     import transformers
 
-    from mmtransformer.weights import lm_from_transformers
+    from mmtransformer.weights import from_transformers
 
     torch.manual_seed(6)
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 31}
@@ -329,7 +329,7 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
     for parameter in lm.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     own = blip2()
-    model = Blip2(own.vision, own.qformer, lm_from_transformers(lm)).eval()
+    model = Blip2(own.vision, own.qformer, from_transformers(lm)).eval()
     model.proj.load_state_dict(own.proj.state_dict())
     rows = batch()
     logits = model.logits(rows)

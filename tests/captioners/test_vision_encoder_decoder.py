@@ -22,7 +22,7 @@ from mmtransformer import (
 from mmtransformer.backbones.base import DecoderState
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.vision_encoder_decoder import add_cross_attention
-from mmtransformer.weights import lm_from_transformers
+from mmtransformer.weights import from_transformers
 
 VOCAB = 53
 
@@ -106,7 +106,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     last = [m for name, m in modules.items() if name.endswith("layernorm")]
     ours["norm.weight"], ours["norm.bias"] = last[0].weight, last[0].bias
     vision.load_state_dict(ours)
-    model, given = VisionEncoderDecoder(vision, lm_from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
+    model, given = VisionEncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
     assert given.pixels is not None
     seen = tower(pixel_values=given.pixels[:, 0]).last_hidden_state
     torch.testing.assert_close(model.forward_features(given.pixels)[:, 0], seen, atol=1e-5, rtol=1e-5)

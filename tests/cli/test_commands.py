@@ -32,7 +32,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.weights import lm_from_transformers, save_lm, save_vit
+from mmtransformer.weights import from_transformers, save_lm, save_vit
 from support.cli import mmt
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -106,7 +106,7 @@ def opt() -> TextDecoder:
 
     sizes = {"hidden_size": 16, "ffn_dim": 31, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = OPTConfig(vocab_size=WORDS, max_position_embeddings=64, **sizes)
-    return lm_from_transformers(OPTForCausalLM(config).eval())
+    return from_transformers(OPTForCausalLM(config).eval())
 
 
 def smollm2() -> TextDecoder:

@@ -11,7 +11,7 @@ from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.generation.base import GenerationResult
 from mmtransformer.generation.logits_processors import BANNED, logits_processors, min_length, no_repeat_ngram, top_p
 from mmtransformer.generation.sampling import checksums, noise
-from mmtransformer.weights import lm_from_transformers
+from mmtransformer.weights import from_transformers
 
 EOS, VOCAB, WIDTH = 2, 53, 24
 
@@ -35,7 +35,7 @@ def hub() -> Any:
 @pytest.fixture(scope="module")
 def captioner(hub: Any) -> VisionEncoderDecoder:
     torch.manual_seed(8)
-    return VisionEncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), lm_from_transformers(hub)).eval()
+    return VisionEncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), from_transformers(hub)).eval()
 
 
 def prompts(rows: int = 5, length: int = 3, images: int | None = None) -> CaptionBatch:

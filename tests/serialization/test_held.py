@@ -12,7 +12,16 @@ from mmtransformer import TextDecoder, ViT
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
-from mmtransformer.weights import ViTSettings, from_blip, load_blip, load_lm, load_vit, save_blip, save_lm, to_timm
+from mmtransformer.weights import (
+    ViTSettings,
+    from_transformers,
+    load_blip,
+    load_lm,
+    load_vit,
+    save_blip,
+    save_lm,
+    to_timm,
+)
 
 SMALL = {"hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 3}
 
@@ -42,7 +51,7 @@ def test_what_is_a_callers_is_copied() -> None:
     load_strictly(model, state, "x")
     peer = blip()
     assert not places(model) & {tensor.data_ptr() for tensor in state.values()}
-    assert not places(from_blip(peer)) & places(peer)
+    assert not places(from_transformers(peer)) & places(peer)
 
 
 def test_other_number_formats_are_converted() -> None:
@@ -76,7 +85,7 @@ def test_weights_lie_in_the_file_and_no_random_number_is_drawn(
     elif family == "gpt2":
         save_lm(TextDecoder(97, 16, 2, 2, max_len=24), tmp_path)
     elif family == "blip":
-        save_blip(from_blip(blip()), tmp_path)  # type: ignore[arg-type]
+        save_blip(from_transformers(blip()), tmp_path)  # type: ignore[arg-type]
     else:
         TextDecoder(97, 16, 2, 2, max_len=24).save_pretrained(tmp_path)
     read: set[int] = set()

@@ -17,7 +17,7 @@ from mmtransformer import (
     ViT,
     ViTPatchConfig,
 )
-from mmtransformer.weights import captioner_folders, from_vision_encoder_decoder, load_vit
+from mmtransformer.weights import captioner_folders, from_transformers, load_vit
 from mmtransformer.weights.captioner_folders import export_captioner
 from support.cli import mmt
 
@@ -28,7 +28,7 @@ def captioner() -> VisionEncoderDecoder:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         ViTConfig(hidden_size=20, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=7), config
     )
-    return from_vision_encoder_decoder(VisionEncoderDecoderModel(config))
+    return from_transformers(VisionEncoderDecoderModel(config))
 
 
 def test_an_own_captioner_is_written_with_its_tokenizers_ids(tmp_path: Path) -> None:

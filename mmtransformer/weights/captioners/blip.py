@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.published.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
-from mmtransformer.serialization.pretrained import find_folder
-from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import (
     cross_encoder_from_bert,
@@ -63,25 +61,12 @@ _HEADS = {"itm_head": "itm_head", "vision_proj": "vision_proj", "text_proj": "te
 Blip = VisionEncoderDecoder | BlipVQA | BlipITM
 
 
-def from_blip(model: nn.Module) -> Blip:
-    """A BLIP of transformers; equal to 1e-5 in float32.
+def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context: str) -> Blip:
+    """A BLIP from what a hub folder holds; equal to 1e-5 in float32.
 
     BlipForConditionalGeneration becomes a `VisionEncoderDecoder`, BlipForQuestionAnswering a `BlipVQA`, and
-    BlipForImageTextRetrieval a `BlipITM`.
-
-    Raises:
-        ValueError: if it is none, or differs in more than its size.
-    """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "blip":
-        raise ValueError(f"{type(model).__name__} is not a BLIP of transformers")
-    return blip_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
-
-
-def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context: str) -> Blip:
-    """The same from what a hub folder holds.
-
-    The class token's position is added into it, which is what the tower does with it anyway.
+    BlipForImageTextRetrieval a `BlipITM`. The class token's position is added into it, which is what the tower does
+    with it anyway.
 
     Args:
         config: its config.json.
@@ -89,7 +74,7 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
         context: what they come from, for errors.
 
     Raises:
-        ValueError: as `from_blip`.
+        ValueError: if it is none of them, or differs in more than its size.
     """
     config = _with_usual(config)
     if not config.get("tie_word_embeddings", True):
@@ -152,15 +137,12 @@ def _with_usual(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_blip(source: str | Path) -> Blip:
-    """A BLIP from a folder as hubs have it, or the name of a hub's repository; see `from_blip`.
+    """A BLIP from a folder as hubs have it, or the name of a hub's repository; see `blip_from_state`.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = _with_usual(read_config(folder, "blip")), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return blip_from_state(config, state, str(folder))
+    return load_folder(source, blip_from_state, "blip")
 
 
 class BlipProcessor(Processor):

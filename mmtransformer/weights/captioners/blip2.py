@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
@@ -16,8 +16,6 @@ from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.layers.lora import refuse_lora
-from mmtransformer.serialization.pretrained import CONFIG, find_folder
-from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.parts.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
 from mmtransformer.weights.processors.generation_config import read_ends
@@ -25,11 +23,12 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.lm import decoder_from_state, lm_to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
+_TYPES = ("blip-2", "instructblip")
 # What transformers takes for granted where a config.json does not say it.
 _USUAL = {"num_query_tokens": 32, "image_text_hidden_size": 256}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -108,27 +107,21 @@ def _qformer_config(qformer: QFormer) -> dict[str, Any]:
     }
 
 
-def from_blip2(model: nn.Module) -> Blip2 | Blip2QFormer:
-    """A BLIP-2 or InstructBLIP of transformers as a `Blip2`, Blip2ForImageTextRetrieval as a `Blip2QFormer`.
+def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Blip2 | Blip2QFormer:
+    """A BLIP-2 or InstructBLIP as a `Blip2`, a Blip2ForImageTextRetrieval as a `Blip2QFormer`.
 
     Equal to 1e-5 in float32. Transformers keeps neither stage 1's head for generation nor its temperature: those of the
     `Blip2QFormer` are new.
 
+    Args:
+        config: the config.json of a hub folder.
+        state: all of its tensors.
+        context: what they come from, for errors.
+
     Raises:
         ValueError: if it is none of them, or differs in more than its size.
     """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in ("blip-2", "instructblip"):
-        raise ValueError(f"{type(model).__name__} is not a BLIP-2 or InstructBLIP of transformers")
-    return blip2_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
-
-
-def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Blip2 | Blip2QFormer:
-    """The same from what a hub folder holds: its config.json, and all of its tensors.
-
-    Raises:
-        ValueError: as `from_blip2`.
-    """
+    config = _whole(config, context)
     towers = ("vision_model.", "language_model.")
     tower = {name: tensor for name, tensor in state.items() if name.startswith(towers[0])}
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(towers)}
@@ -210,33 +203,26 @@ def to_blip2(model: Blip2 | Blip2QFormer) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def load_blip2(source: str | Path) -> Blip2 | Blip2QFormer:
-    """A BLIP-2 from a folder as hubs have it, or the name of a hub's repository; see `from_blip2`.
+    """A BLIP-2 from a folder as hubs have it, or the name of a hub's repository; see `blip2_from_state`.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config = _whole_config(folder)
-    state = read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return blip2_from_state(config, state, str(folder))
+    return load_folder(source, blip2_from_state, *_TYPES)
 
 
-def _whole_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, with what published ones leave out as it is usual.
+def _whole(config: dict[str, Any], context: str) -> dict[str, Any]:
+    """A config.json, with what published ones leave out as it is usual.
 
     Raises:
-        ValueError: if it is of another family, or a part's config is none.
+        ValueError: if a part's config is none.
     """
-    config = read_config(folder, "blip-2", "instructblip")
     for name in (*_DEFAULTS, "text_config"):
         if not isinstance(config.get(name, {}), dict):
-            raise ValueError(f"{folder / CONFIG}: {name} is {config[name]!r}, not a model's config")
-    for name, defaults in _DEFAULTS.items():
-        config[name] = defaults | config.get(name, {})
+            raise ValueError(f"{context}: config.json: {name} is {config[name]!r}, not a model's config")
+    parts = {name: defaults | config.get(name, {}) for name, defaults in _DEFAULTS.items()}
     text = {"model_type": "opt", **config.get("text_config", {})}
-    config["text_config"] = _LANGUAGE_DEFAULTS.get(text["model_type"], {}) | text
-    return _USUAL | config
+    return _USUAL | config | parts | {"text_config": _LANGUAGE_DEFAULTS.get(text["model_type"], {}) | text}
 
 
 class Blip2Processor(Processor):
@@ -249,7 +235,7 @@ class Blip2Processor(Processor):
     """
 
     def __init__(self, folder: Path) -> None:
-        config = _whole_config(folder)
+        config = _whole(read_config(folder, *_TYPES), str(folder))
         text = config["text_config"]
         self.instruct = config["model_type"] == "instructblip"
         super().__init__(

@@ -10,8 +10,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.git import Git
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.generation_config import GENERATION, read_ends
 from mmtransformer.weights.processors.pixels import read_pixels
@@ -25,7 +24,7 @@ from mmtransformer.weights.shared.configs import (
     read_sizes,
     write_sizes,
 )
-from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
 
@@ -144,10 +143,7 @@ def load_git(source: str | Path) -> Git:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = read_config(folder, "git"), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return git_from_state(config, state, str(folder))
+    return load_folder(source, git_from_state, "git")
 
 
 def save_git(model: Git, folder: str | Path) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
@@ -18,15 +19,14 @@ from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.generation_config import read_ends
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
@@ -86,28 +86,19 @@ _USUAL_RESAMPLER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") -> Flamingo:
+def idefics_from_state(
+    config: dict[str, Any], state: dict[str, Tensor], context: str, visible_images: VisibleImages = "last"
+) -> Flamingo:
     """A `Flamingo` with all weights of a transformers `IdeficsForVisionText2Text`; equal to 1e-4 in float32.
 
     Args:
-        model: the model.
+        config: the config.json of a hub folder.
+        state: all of its tensors.
+        context: what they come from, for errors.
         visible_images: which pictures a token sees; there, the caller's mask says.
 
     Raises:
         ValueError: if a part is of another kind than ours.
-    """
-    config: Any = model.config
-    context = f"transformers' {type(model).__name__}"
-    return idefics_from_state(config.to_dict(), model.state_dict(), context, visible_images)
-
-
-def idefics_from_state(
-    config: dict[str, Any], state: dict[str, Tensor], context: str, visible_images: VisibleImages = "last"
-) -> Flamingo:
-    """The same from what a hub folder holds: its config.json, and all of its tensors.
-
-    Raises:
-        ValueError: as `from_idefics`.
     """
     config = _USUAL | config
     others = ("model.vision_model.", "model.perceiver_resampler.", "model.gated_cross_attn_layers.", _ROWS, _HEAD)
@@ -241,15 +232,12 @@ def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") 
 
     Args:
         source: the folder or the name.
-        visible_images: see `from_idefics`.
+        visible_images: see `idefics_from_state`.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = read_config(folder, "idefics"), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return idefics_from_state(config, state, str(folder), visible_images)
+    return load_folder(source, partial(idefics_from_state, visible_images=visible_images), "idefics")
 
 
 class IdeficsProcessor(Processor):

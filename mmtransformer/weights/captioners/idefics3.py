@@ -16,13 +16,12 @@ from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.connectors.projector import LinearProjector
 from mmtransformer.images.tiles import split_tiles
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.weights.captioners.parts.language_model import language_model, language_model_to, sorted_out
 from mmtransformer.weights.processors.chat import ChatProcessor, GridBatch, tiles_together
 from mmtransformer.weights.processors.pixels import read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
@@ -46,10 +45,8 @@ def idefics3_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     """A `Llava` from what a hub folder holds: its config.json, and all of its tensors; equal to 1e-5 in float32.
 
     Raises:
-        ValueError: if it is neither of the two, or a part is of a kind that is not here.
+        ValueError: if a part is of a kind that is not here.
     """
-    if (kind := config.get("model_type")) not in _CLASSES:
-        raise ValueError(f'{context}: model_type is "{kind}", not one of {", ".join(_CLASSES)}')
     config = _USUAL | {name: value for name, value in config.items() if value is not None}
     parts = sorted_out(state, _LAYOUT, context)
     tower = _USUAL_VISION | config.get("vision_config", {})
@@ -127,10 +124,7 @@ def load_idefics3(source: str | Path) -> Llava:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = read_json(folder / CONFIG), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return idefics3_from_state(config, state, str(folder))
+    return load_folder(source, idefics3_from_state, *_CLASSES)
 
 
 class Idefics3Processor(ChatProcessor):

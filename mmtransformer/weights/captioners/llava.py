@@ -18,13 +18,11 @@ from mmtransformer.captioners.llava import Llava
 from mmtransformer.captioners.tiles import TileConfig, TiledBatch
 from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.images.tiles import fitted_tiles
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.parts.language_model import language_model, language_model_to, sorted_out
 from mmtransformer.weights.processors.chat import ChatProcessor, tiles_together
 from mmtransformer.weights.processors.pixels import read_pixels, read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
@@ -77,9 +75,9 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     """A `Llava` from what a hub folder holds: its config.json, and all of its tensors; equal to 1e-5 in float32.
 
     Raises:
-        ValueError: if it is none of the three, or a part is of a kind that is not here.
+        ValueError: if a part is of a kind that is not here.
     """
-    config = _whole(config, context)
+    config = _whole(config)
     kind = config["model_type"]
     only(config, context, {"projector_hidden_act": "gelu", "use_image_newline_parameter": True}, "Llava")
     parts = sorted_out(state, _LAYOUT, context)
@@ -115,11 +113,9 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     return model.eval()
 
 
-def _whole(config: Mapping[str, Any], context: str) -> dict[str, Any]:
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config, with what goes without saying."""
-    kind = config.get("model_type")
-    if kind not in _USUAL:
-        raise ValueError(f'{context}: model_type is "{kind}", not one of {", ".join(_USUAL)}')
+    kind = config["model_type"]
     found = _USUAL[kind] | {name: value for name, value in config.items() if value is not None}
     if "image_token_id" in found:  # its newer name
         found["image_token_index"] = found["image_token_id"]
@@ -197,10 +193,7 @@ def load_llava(source: str | Path) -> Llava:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = read_json(folder / CONFIG), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return llava_from_state(config, state, str(folder))
+    return load_folder(source, llava_from_state, *_USUAL)
 
 
 class LlavaProcessor(ChatProcessor):
@@ -211,7 +204,7 @@ class LlavaProcessor(ChatProcessor):
     """
 
     def __init__(self, folder: Path) -> None:
-        config = _whole(read_json(folder / CONFIG), str(folder))
+        config = _whole(read_config(folder, *_USUAL))
         kind, tower = config["model_type"], config["vision_config"]
         side, self.values = tower.get("image_size", 224), dict[str, Any]()
         name = "SigLIP" if tower["model_type"].startswith("siglip") else "CLIP"

@@ -12,8 +12,7 @@ from torch import Tensor
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.published.paligemma import PaliGemma
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.parts.language_model import language_model, sorted_out
 from mmtransformer.weights.processors.generation_config import GENERATION, read_ends
@@ -21,7 +20,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.text.gemma import decoder_to_gemma, gemma_of
 from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
@@ -52,10 +51,8 @@ def paligemma_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
     transformers counts positions from 1 there; rotary positions are relative, so that it changes nothing.
 
     Raises:
-        ValueError: if it is another model, or a part is of a kind that is not here.
+        ValueError: if a part is of a kind that is not here.
     """
-    if (kind := config.get("model_type")) != "paligemma":
-        raise ValueError(f'{context}: model_type is "{kind}", not "paligemma"')
     parts = sorted_out(state, _LAYOUT, context)
     tower, text = config.get("vision_config") or _VISION, config.get("text_config") or _TEXT
     tower, text = {"model_type": "siglip_vision_model", **tower}, {"model_type": "gemma", **text}
@@ -115,10 +112,7 @@ def load_paligemma(source: str | Path) -> PaliGemma:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = read_json(folder / CONFIG), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return paligemma_from_state(config, state, str(folder))
+    return load_folder(source, paligemma_from_state, "paligemma")
 
 
 def save_paligemma(model: PaliGemma, folder: str | Path) -> None:

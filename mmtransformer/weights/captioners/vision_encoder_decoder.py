@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.connectors.linear import LinearConnector
-from mmtransformer.serialization.pretrained import CONFIG, find_folder
-from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.generation_config import read_ends, read_start
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only
-from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
@@ -40,23 +38,10 @@ _USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted whe
 }
 
 
-def from_vision_encoder_decoder(model: nn.Module) -> VisionEncoderDecoder:
-    """A VisionEncoderDecoderModel of transformers as a captioner; equal to 1e-5 in float32.
-
-    Raises:
-        ValueError: if it is none, or one of other parts than ViT or DeiT and GPT-2 or BERT.
-    """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != _TYPE:
-        raise ValueError(f"{type(model).__name__} is not a {_TYPE} of transformers")
-    context = f"transformers' {type(model).__name__}"
-    return vision_encoder_decoder_from_state(config.to_dict(), model.state_dict(), context)
-
-
 def vision_encoder_decoder_from_state(
     config: dict[str, Any], state: Mapping[str, Tensor], context: str
 ) -> VisionEncoderDecoder:
-    """The same from what a hub folder holds.
+    """A vision-encoder-decoder from what a hub folder holds; equal to 1e-5 in float32.
 
     Positions of class and distillation token are added into them, as are a BERT's of token type 0 into its positions.
 
@@ -66,10 +51,11 @@ def vision_encoder_decoder_from_state(
         context: what they come from, for errors.
 
     Raises:
-        ValueError: as `from_vision_encoder_decoder`.
+        ValueError: if it is of other parts than ViT or DeiT and GPT-2 or BERT.
     """
-    vision = vision_from_vit(config["encoder"], part(state, "encoder."), f"{context}, encoder")
-    text, words = config["decoder"], part(state, "decoder.")
+    encoder, text = _parts(config, context)
+    vision = vision_from_vit(encoder, part(state, "encoder."), f"{context}, encoder")
+    words = part(state, "decoder.")
     kind = text.get("model_type")
     if kind not in _USUAL:
         raise ValueError(f'{context}: the decoder is a "{kind}", not one of {", ".join(_USUAL)}')
@@ -134,23 +120,15 @@ def load_vision_encoder_decoder(source: str | Path) -> VisionEncoderDecoder:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
-    config, state = _whole_config(folder), read_tensors(folder)
-    with built_from(state, str(folder), filled=True):
-        return vision_encoder_decoder_from_state(config, state, str(folder))
+    return load_folder(source, vision_encoder_decoder_from_state, _TYPE)
 
 
-def _whole_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
-
-    Raises:
-        ValueError: if it is of another family, or lacks a part.
-    """
-    config = read_config(folder, _TYPE)
+def _parts(config: dict[str, Any], context: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The encoder's and the decoder's configuration."""
     for name in ("encoder", "decoder"):
         if not isinstance(config.get(name), dict):
-            raise ValueError(f"{folder / CONFIG} has no {name}")
-    return config
+            raise ValueError(f"{context}: config.json has no {name}")
+    return config["encoder"], config["decoder"]
 
 
 class VisionEncoderDecoderProcessor(Processor):
@@ -167,7 +145,7 @@ class VisionEncoderDecoderProcessor(Processor):
     prompt_len = 1
 
     def __init__(self, folder: Path) -> None:
-        encoder = _whole_config(folder)["encoder"]
+        encoder, _ = _parts(read_config(folder, _TYPE), str(folder))
         size = encoder.get("image_size", 224)
         kind = {"deit": "DeiT"}.get(encoder.get("model_type", ""), "ViT")
         super().__init__(

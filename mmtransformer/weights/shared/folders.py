@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, find_folder, open_weights, read_json
 from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
 from mmtransformer.weights.shared.pickles import read_pickle
 
+T = TypeVar("T")
 _INDEX = "model.safetensors.index.json"
 _OLD, _OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -96,6 +98,23 @@ def _places(folder: Path, index: Path) -> dict[str, str]:
             f"first: it was not downloaded whole"
         )
     return places
+
+
+def load_folder(source: str | Path, read: Callable[[dict[str, Any], dict[str, Tensor], str], T], *kinds: str) -> T:
+    """A model from a folder as hubs have it, or the name of a hub's repository.
+
+    Args:
+        source: the folder or the name.
+        read: config.json, all tensors, and what they come from (for errors) -> the model, each of its weights filled.
+        kinds: what config.json may say under `model_type`.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config, state = read_config(folder, *kinds), read_tensors(folder)
+    with built_from(state, str(folder), filled=True):
+        return read(config, state, str(folder))
 
 
 def read_state(source: str | Path) -> tuple[dict[str, Tensor], str]:

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
-from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.configs import (
     SIZES,
     SOURCE_ACTIVATIONS,
@@ -19,7 +18,7 @@ from mmtransformer.weights.shared.configs import (
     read_sizes,
     write_sizes,
 )
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import load_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested
 
 _STACK = {
@@ -219,18 +218,6 @@ def decoder_to_bert(decoder: TextDecoder, name: str) -> tuple[dict[str, Any], di
     return config, tensors | {copy: tensors[own] for copy, own in _COPIES.items()}
 
 
-def from_bert(model: nn.Module) -> TextEncoder:
-    """A `TextEncoder` with the weights of a transformers BERT; equal to 1e-5 in float32.
-
-    Raises:
-        ValueError: if it is no BERT, or one that differs in more than its size.
-    """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "bert":
-        raise ValueError(f"{type(model).__name__} is not a BERT of transformers")
-    return encoder_from_bert(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
-
-
 def load_bert(source: str | Path) -> TextEncoder:
     """A pretrained text encoder, from what is there: for recipes (`class_path: mmtransformer.weights.load_bert`).
 
@@ -242,14 +229,9 @@ def load_bert(source: str | Path) -> TextEncoder:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG)
-    if "class" in config:
+    if "class" in read_json(folder / CONFIG):
         return TextEncoder.from_pretrained(folder)
-    if (family := config.get("model_type")) != "bert":
-        raise ValueError(f'{folder / CONFIG}: the family "{family}" is not known here: bert is')
-    state = read_tensors(folder)
-    with built_from(state, str(folder)):
-        return encoder_from_bert(config, state, str(folder))
+    return load_folder(folder, encoder_from_bert, "bert")
 
 
 def save_bert(encoder: TextEncoder, folder: str | Path) -> None:

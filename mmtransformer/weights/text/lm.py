@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
@@ -26,23 +26,11 @@ READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(L
 READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
 
 
-def lm_from_transformers(model: nn.Module) -> TextDecoder:
-    """A `TextDecoder` with the weights of a transformers language model; equal to 1e-4 in float32.
-
-    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and 2. `HFDecoder.from_model` takes any other.
-
-    Raises:
-        ValueError: if the model's family is not among them, or it is a variant that `TextDecoder` cannot be.
-    """
-    config: dict[str, Any] = model.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    return decoder_from_state(config, model.state_dict(), f"transformers' {type(model).__name__}")
-
-
 def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
-    """A `TextDecoder` from what a hub folder holds: its config.json, and all of its tensors.
+    """A `TextDecoder` from what a hub folder holds: its config.json, and all of its tensors; equal to 1e-4 in float32.
 
     Raises:
-        ValueError: as `lm_from_transformers`.
+        ValueError: if it is of none of the families, or a variant that `TextDecoder` cannot be.
     """
     family = config.get("model_type")
     if family not in READERS:

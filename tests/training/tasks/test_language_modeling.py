@@ -27,7 +27,7 @@ from mmtransformer.training.evaluation.text_scores import (
     table,
     write_texts,
 )
-from mmtransformer.weights import lm_from_transformers, load_lm
+from mmtransformer.weights import from_transformers, load_lm
 
 VOCAB = 340
 TRAIN = [
@@ -200,7 +200,7 @@ def test_a_decoder_alone_writes_what_transformers_does() -> None:
     theirs = GPT2LMHeadModel(config).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.25 * torch.randn_like(parameter)
-    ours = lm_from_transformers(theirs)
+    ours = from_transformers(theirs)
     tokens, attention_mask = torch.randint(3, 53, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
     attention_mask[1, :3] = attention_mask[4, :6] = False
     tokens = tokens.masked_fill(~attention_mask, 0)

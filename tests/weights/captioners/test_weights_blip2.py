@@ -32,7 +32,8 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from mmtransformer import Blip2, CaptionBatch, MLPConfig, QFormer, TextDecoder, ViT, ViTBlockConfig, generate
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
-from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
+from mmtransformer.weights import from_transformers
+from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2, to_blip2
 from mmtransformer.weights.captioners.lavis import blip2_from_lavis, blip2_qformer_from_lavis, to_lavis
 from mmtransformer.weights.captioners.parts.qformer import init_from_bert
 from mmtransformer.weights.vision.eva import vision_from_blip2
@@ -105,7 +106,7 @@ def test_the_vision_tower() -> None:
 @pytest.mark.parametrize("kind", [Blip2Model, Blip2ForConditionalGeneration])
 def test_conditional_generation(kind: type, language: Any) -> None:
     theirs = noisy(kind(config(language=language)))
-    ours = from_blip2(theirs)
+    ours = from_transformers(theirs)
     assert isinstance(ours, Blip2)
     pixels, tokens, attention_mask = texts()
     with torch.no_grad():
@@ -125,7 +126,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
     t5 = T5Config(vocab_size=VOCAB, d_model=12, d_kv=4, d_ff=37, num_layers=2, num_heads=3, dropout_rate=0.0,
                   tie_word_embeddings=tied, decoder_start_token_id=0, feed_forward_proj="gated-gelu")  # fmt: skip
     theirs = noisy(Blip2ForConditionalGeneration(config(language=t5)))
-    ours = from_blip2(theirs)
+    ours = from_transformers(theirs)
     assert isinstance(ours, Blip2)
     pixels, tokens, _ = texts(q=6)
     tokens[:, 0] = 0
@@ -167,7 +168,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
 
 def test_generation_with_beams_and_prompts_of_different_lengths() -> None:
     theirs = noisy(Blip2ForConditionalGeneration(config()))
-    ours = from_blip2(theirs)
+    ours = from_transformers(theirs)
     pixels, tokens, attention_mask = texts()
     tokens, attention_mask = tokens.flip(1), attention_mask.flip(1)  # Padded on the left.
     padded = torch.cat((torch.full((3, L), IMAGE), tokens), 1)
@@ -188,7 +189,7 @@ def test_generation_with_beams_and_prompts_of_different_lengths() -> None:
 
 def test_retrieval() -> None:
     theirs = noisy(Blip2ForImageTextRetrieval(config(text=True)))
-    ours = from_blip2(theirs)
+    ours = from_transformers(theirs)
     assert isinstance(ours, Blip2QFormer)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
@@ -211,7 +212,7 @@ def test_retrieval() -> None:
 
 def test_instructions() -> None:
     theirs = noisy(InstructBlipForConditionalGeneration(config(InstructBlipConfig, language=LLAMA)))
-    ours = from_blip2(theirs)
+    ours = from_transformers(theirs)
     assert ours.instruct
     pixels, tokens, attention_mask = texts()
     words, real = torch.randint(WORDS, (3, 4)), torch.arange(4) < torch.tensor([[4], [1], [3]])
@@ -238,14 +239,14 @@ def test_the_qformer_alone() -> None:
     ours = QFormer(L, 20, 5, 4, 24, mlp_dim=29).eval()
     whole = noisy(Blip2ForConditionalGeneration(config()))
     whole.qformer.load_state_dict(theirs.state_dict())
-    ours.load_state_dict(from_blip2(whole).qformer.state_dict())
+    ours.load_state_dict(from_transformers(whole).qformer.state_dict())
     visual = torch.randn(2, 7, 24)
     want = theirs(whole.query_tokens.expand(2, -1, -1), encoder_hidden_states=visual).last_hidden_state
     close(ours(visual), want)
 
 
 def test_folders_there_and_back(tmp_path: Any) -> None:
-    ours = from_blip2(noisy(Blip2ForConditionalGeneration(config())))
+    ours = from_transformers(noisy(Blip2ForConditionalGeneration(config())))
     assert isinstance(ours, Blip2)
     pixels, tokens, attention_mask = texts()
     with pytest.raises(ValueError, match=r"image_token_id \(None\) must be one of the decoder's 53 ids"):
@@ -260,12 +261,10 @@ def test_folders_there_and_back(tmp_path: Any) -> None:
     assert torch.equal(Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, attention_mask)), want)
     with pytest.raises(ValueError, match='model_type is "None", not "blip-2"'):
         load_blip2(tmp_path / "own")
-    with pytest.raises(ValueError, match="OPTConfig is not a BLIP-2 or InstructBLIP"):
-        from_blip2(OPT)
 
 
 def test_a_published_config_leaves_out_what_is_usual(tmp_path: Any) -> None:
-    ours = from_blip2(noisy(Blip2ForConditionalGeneration(config())))
+    ours = from_transformers(noisy(Blip2ForConditionalGeneration(config())))
     save_blip2(ours, tmp_path, image_token_id=IMAGE)
     found = json.loads((tmp_path / "config.json").read_text())
     defaults = Blip2Config().to_dict()
@@ -345,7 +344,7 @@ def test_stage_1_of_lavis() -> None:
     head, tensors = head_of(20, theirs.embeddings.word_embeddings.weight.data)
     state = lavis_names(theirs) | tensors | {"temp": torch.tensor(0.05)}
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(17)[None]
-    vision = from_blip2(theirs).vision
+    vision = from_transformers(theirs).vision
     bare = {name: t for name, t in state.items() if not name.startswith("visual_encoder")}
     ours = blip2_qformer_from_lavis(bare, vision=vision, num_heads=4, cls_token_id=7)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
@@ -376,7 +375,7 @@ def test_stage_2_of_lavis_with_its_vision_tower() -> None:
                     num_query_tokens=L, image_token_index=IMAGE)
     )  # fmt: skip
     theirs = keyless(noisy(theirs))
-    state, decoder = lavis_names(theirs), from_blip2(theirs).decoder
+    state, decoder = lavis_names(theirs), from_transformers(theirs).decoder
     ours = blip2_from_lavis(state, decoder, num_heads=4)
     assert (ours.vision.num_heads, ours.train_norm, ours.instruct) == (2, True, False)
     pixels, tokens, attention_mask = texts()
@@ -393,7 +392,7 @@ def test_stage_2_of_lavis_with_its_vision_tower() -> None:
 
 def test_instructions_of_lavis() -> None:
     theirs = keyless(noisy(InstructBlipForConditionalGeneration(config(InstructBlipConfig))))
-    known = from_blip2(theirs)
+    known = from_transformers(theirs)
     state = {name: t for name, t in lavis_names(theirs).items() if not name.startswith("visual_encoder")}
     state = {name.replace("opt_proj", "llm_proj"): t for name, t in state.items()}
     ours = blip2_from_lavis(state, known.decoder, vision=known.vision, num_heads=4)
@@ -550,7 +549,7 @@ def test_a_language_model_whose_names_on_disk_are_others(source: str, tmp_path: 
                          intermediate_size=37, max_position_embeddings=41)  # fmt: skip
     theirs = noisy(Blip2ForConditionalGeneration(config(language=neox)))
     if source == "ours":
-        save_blip2(from_blip2(theirs), tmp_path, image_token_id=IMAGE)
+        save_blip2(from_transformers(theirs), tmp_path, image_token_id=IMAGE)
     else:
         theirs.save_pretrained(tmp_path)
     found = load_blip2(tmp_path)

@@ -150,13 +150,15 @@ def test_refused(tmp_path: Path) -> None:
     theirs: Any = MODELS["smolvlm"]()
     config, state = theirs.config.to_dict(), theirs.state_dict()
     for change, said in (
-        ({"model_type": "idefics2"}, 'model_type is "idefics2"'),
         ({"scale_factor": 4}, "squares of 4 x 4 patches do not tile a grid of 6 x 6|shapes"),
         ({"text_config": config["text_config"] | {"model_type": "phi"}}, 'the family "phi" is not one of'),
         ({"text_config": config["text_config"] | {"qk_layer_norms": True}}, "qk_layer_norms is True"),
     ):
         with pytest.raises(ValueError, match=said):
             idefics3_from_state(config | change, state, "here")
+    (tmp_path / "config.json").write_text('{"model_type": "idefics2"}')
+    with pytest.raises(ValueError, match='model_type is "idefics2", not "idefics3" or "smolvlm"'):
+        load_idefics3(tmp_path)
     with pytest.raises(ValueError, match=r"belong nowhere: model\.strange"):
         idefics3_from_state(config, state | {"model.strange": torch.ones(2)}, "here")
     odd: Any = SmolVLMForConditionalGeneration(

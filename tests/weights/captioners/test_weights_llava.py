@@ -303,7 +303,6 @@ def test_refused(tmp_path: Path) -> None:
     theirs: Any = MODELS["next"]()
     config, state = theirs.config.to_dict(), theirs.state_dict()
     for change, said in (
-        ({"model_type": "vipllava"}, 'model_type is "vipllava"'),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"vision_feature_layer": 0}, r"vision_feature_layer is \(0,\)"),
         ({"vision_feature_layer": -7}, r"vision_feature_layer is \(-7,\)"),
@@ -313,6 +312,9 @@ def test_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             llava_from_state(config | change, state, "here")
+    (tmp_path / "config.json").write_text('{"model_type": "vipllava"}')
+    with pytest.raises(ValueError, match='model_type is "vipllava", not "llava" or "llava_next"'):
+        load_llava(tmp_path)
     with pytest.raises(ValueError, match=r"belong nowhere: model\.strange"):
         llava_from_state(config, state | {"model.strange": torch.ones(2)}, "here")
     del state["model.image_newline"]

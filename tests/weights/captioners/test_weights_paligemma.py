@@ -150,7 +150,7 @@ def test_a_folder_captions_as_transformers(tmp_path: Path) -> None:
     close(first_logits(ours, images, [text] * 3), theirs(**given).logits[:, -1])
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     theirs = theirs_of("gemma2")
     config, state = theirs.config.to_dict(), theirs.state_dict()
     text = config["text_config"]
@@ -162,8 +162,9 @@ def test_what_is_refused() -> None:
             paligemma_from_state(config | {"text_config": text | changed}, state, "it")
     with pytest.raises(ValueError, match=r"belong nowhere: more \(1 in all\)"):
         paligemma_from_state(config, state | {"more": torch.ones(1)}, "it")
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(ValueError, match='model_type is "llava", not "paligemma"'):
-        paligemma_from_state({"model_type": "llava"}, state, "it")
+        load_paligemma(tmp_path)
     tower = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     with pytest.raises(ValueError, match="a decoder of Gemma's kind=False"):
         to_paligemma(PaliGemma(tower, TextDecoder(VOCAB, 12, 1, 2)))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer import TextDecoder
-from mmtransformer.weights import encoder_to_bert, from_bert, load_bert
+from mmtransformer.weights import encoder_to_bert, from_transformers, load_bert
 
 
 def bert(kind: str = "BertForPreTraining", **options: Any) -> Any:
@@ -44,7 +44,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_encoder_equals_bert_both_ways(options: dict[str, Any]) -> None:
     theirs, (tokens, types, attention_mask) = bert(**options), rows()
     types = types.clamp(max=options.get("type_vocab_size", 3) - 1)
-    ours = from_bert(theirs)
+    ours = from_transformers(theirs)
     assert not ours.training
     given = {"input_ids": tokens, "token_type_ids": types, "attention_mask": attention_mask.long()}
     want = theirs(**given)
@@ -57,7 +57,7 @@ def test_encoder_equals_bert_both_ways(options: dict[str, Any]) -> None:
     other = bert(**options)
     other.load_state_dict(encoder_to_bert(ours))  # strict: every tensor, and none besides
     close(other(**given).prediction_logits, want.prediction_logits)
-    again = from_bert(other)
+    again = from_transformers(other)
     pairs = zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -68,7 +68,7 @@ def test_left_padding_equals_bert_with_its_positions_said() -> None:
     attention_mask = attention_mask.flip(1)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     want = theirs.bert(tokens, attention_mask.long(), types, positions).last_hidden_state
-    close(from_bert(theirs)(tokens, types, attention_mask=attention_mask)[attention_mask], want[attention_mask])
+    close(from_transformers(theirs)(tokens, types, attention_mask=attention_mask)[attention_mask], want[attention_mask])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_left_padding_equals_bert_with_its_positions_said() -> None:
 @torch.no_grad()
 def test_other_berts_bring_the_heads_they_have(kind: str, heads: tuple[bool, ...]) -> None:
     theirs, (tokens, types, attention_mask) = bert(kind), rows()
-    ours = from_bert(theirs)
+    ours = from_transformers(theirs)
     assert (ours.pooler, ours.mlm_head, ours.nsp_head) == heads
     hidden = ours(tokens, types, attention_mask=attention_mask)
     found = theirs(tokens, attention_mask.long(), types)
@@ -103,11 +103,11 @@ def test_berts_that_do_not_fit_are_refused_by_name() -> None:
         ({"position_embedding_type": "relative_key"}, '"relative_key" positions'),
     ):
         with pytest.raises(ValueError, match=message):
-            from_bert(bert(**options))
+            from_transformers(bert(**options))
     with pytest.raises(ValueError, match=r"unknown: classifier\.bias, classifier\.weight \(2 in all\)"):
-        from_bert(bert("BertForSequenceClassification"))
-    with pytest.raises(ValueError, match="Linear is not a BERT"):
-        from_bert(nn.Linear(2, 3))
+        from_transformers(bert("BertForSequenceClassification"))
+    with pytest.raises(ValueError, match="Linear is not a model of transformers that is read here"):
+        from_transformers(nn.Linear(2, 3))
 
 
 # --- load_bert

@@ -23,7 +23,7 @@ from mmtransformer import (
     Tokenizer,
 )
 from mmtransformer.backbones.hf.decoder import HFDecoder
-from mmtransformer.weights import lm_from_transformers, lm_to_transformers, load_lm, save_lm
+from mmtransformer.weights import from_transformers, lm_to_transformers, load_lm, save_lm
 from mmtransformer.weights.text.llama import rope_of
 
 VOCAB, LENGTH = 53, 23
@@ -105,7 +105,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @torch.no_grad()
 def test_logits_equal_transformers(name: str) -> None:
     theirs = make(name)
-    ours = lm_from_transformers(theirs)
+    ours = from_transformers(theirs)
     assert not ours.training
     tokens = torch.randint(3, VOCAB, (4, LENGTH))
     close(ours.head(ours(tokens)), theirs(tokens).logits)
@@ -128,7 +128,7 @@ def test_logits_equal_transformers(name: str) -> None:
 @torch.no_grad()
 def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> None:
     theirs = make(name)
-    ours = lm_from_transformers(theirs)
+    ours = from_transformers(theirs)
     tokens, attention_mask = torch.randint(3, VOCAB, (4, LENGTH)), padded("left")
     whole = ours.head(ours(tokens, attention_mask=attention_mask))
     state = ours.new_state(LENGTH)
@@ -151,7 +151,7 @@ def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> No
 @torch.no_grad()
 def test_the_way_back(name: str, tmp_path: Path) -> None:
     theirs = make(name)
-    ours = lm_from_transformers(theirs)
+    ours = from_transformers(theirs)
     save_lm(ours, tmp_path, theirs.config.model_type)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -186,7 +186,7 @@ def test_hub_folders_load_without_transformers(name: str, sharded: bool, tmp_pat
 def test_the_family_chosen_is_one_that_transformers_takes(name: str, tmp_path: Path) -> None:
     """A Llama's width must be a multiple of its heads there, a Mistral's need not be."""
     theirs = make(name)
-    save_lm(lm_from_transformers(theirs), tmp_path)
+    save_lm(from_transformers(theirs), tmp_path)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     tokens = torch.randint(3, VOCAB, (4, LENGTH))
@@ -241,7 +241,7 @@ def test_a_model_that_text_decoder_cannot_be_is_a_hub_decoder(tmp_path: Path) ->
         assert isinstance(found, HFDecoder), name
         assert torch.equal(found.head(found(tokens)), theirs(tokens).logits), name
         with pytest.raises(ValueError, match="TextDecoder"):
-            lm_from_transformers(theirs)
+            from_transformers(theirs)
 
 
 def test_recipes_build_an_extended_language_model_and_its_tokenizer(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_rope_in_old_and_new_spelling() -> None:
 
 
 def test_angles_stay_float32_in_a_model_of_bfloat16() -> None:
-    ours = lm_from_transformers(make("llama yarn"))
+    ours = from_transformers(make("llama yarn"))
     rotary = ours.rotary
     assert rotary is not None
     positions = torch.arange(60)
@@ -411,7 +411,7 @@ def test_angles_stay_float32_in_a_model_of_bfloat16() -> None:
 
 
 def test_windows_forget_and_stay_within_packed_documents() -> None:
-    ours = lm_from_transformers(make("mistral with a window"))
+    ours = from_transformers(make("mistral with a window"))
     tokens = torch.randint(3, VOCAB, (2, LENGTH))
     other = tokens.clone()
     other[:, 0] = (other[:, 0] + 1) % VOCAB

@@ -31,7 +31,7 @@ from mmtransformer.weights import (
     ViTSettings,
     decoder_to_gpt2,
     from_timm,
-    lm_from_transformers,
+    from_transformers,
     load_vit,
     save_vit,
     to_timm,
@@ -399,7 +399,7 @@ def gpt2(**options: Any) -> Any:
 )
 def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
     theirs = gpt2(**options)
-    ours = lm_from_transformers(theirs)
+    ours = from_transformers(theirs)
     assert not ours.training
     tokens = torch.randint(53, (4, 11))
     cross = bool(options.get("add_cross_attention"))
@@ -418,7 +418,7 @@ def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
     assert not missing
     assert not unexpected
     close(other(tokens, **given).logits, theirs(tokens, **given).logits)
-    again = lm_from_transformers(other)
+    again = from_transformers(other)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
@@ -427,8 +427,8 @@ def test_gpt2_without_its_head() -> None:
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            lm_from_transformers(theirs.transformer).state_dict().values(),
-            lm_from_transformers(theirs).state_dict().values(),
+            from_transformers(theirs.transformer).state_dict().values(),
+            from_transformers(theirs).state_dict().values(),
             strict=True,
         )
     )
@@ -443,11 +443,11 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
         ({"scale_attn_weights": False}, "scales attention by layer, or not at all"),
     ):
         with pytest.raises(ValueError, match=message):
-            lm_from_transformers(gpt2(**options))
+            from_transformers(gpt2(**options))
     neox = GPTNeoXModel(GPTNeoXConfig(vocab_size=53, hidden_size=24, intermediate_size=37, num_hidden_layers=1,
                                       num_attention_heads=4, max_position_embeddings=29))  # fmt: skip
-    with pytest.raises(ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama'):
-        lm_from_transformers(neox)
+    with pytest.raises(ValueError, match=r'GPTNeoXModel .*"gpt_neox", and known are .*gpt2, opt, llama.*HFDecoder'):
+        from_transformers(neox)
 
 
 @pytest.mark.parametrize(
