@@ -152,7 +152,7 @@ def test_load_encoder_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a TextDecoder, not a TextEncoder"):
         load_bert(str(tmp_path / "decoder"))
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}', "utf-8")
-    with pytest.raises(ValueError, match=r'config\.json: the family "roberta" is not known here'):
+    with pytest.raises(ValueError, match=r'config\.json: model_type is "roberta", not "bert"'):
         load_bert(str(tmp_path))
     bert().save_pretrained(tmp_path)
     state = {k: v for k, v in bert().state_dict().items() if "layer.1.output.dense" not in k and "decoder" not in k}
