@@ -124,7 +124,7 @@ def _open(args: argparse.Namespace, images: "ImageFiles") -> "ResultFile":
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     out = result_file(args.out, CAPTIONS, images, overwrite=args.overwrite)
-    there = [code for i in range(len(images)) if (code := out.language(i))]
+    there = [code for i in range(len(images)) if (code := out.kind(i))]
     if args.language and (others := sorted({*there} - {args.language})):
         ImageCaptioner.from_pretrained(args.model, device=args.device).language(args.language)  # one that it knows
         count = counted(sum(code != args.language for code in there), "picture")

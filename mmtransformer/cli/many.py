@@ -112,11 +112,14 @@ class ManyImages:
         parts = [f"{counted(len(self.todo) - len(bad), 'picture')} {done}" + (f" in {out.where}" if out else "")]
         if len(images) > len(self.todo):
             already = {*range(len(images))} - {*self.todo}
-            said = "".join(f"in {code}, " for code in sorted({out.language(i) for i in already} - {""})) if out else ""
+            codes = {out.kind(i) for i in already} if out and what == "captions" else set[str]()
+            said = "".join(f"in {code}, " for code in sorted(codes - {""}))
             how = f"{said}by the options of an earlier call; --overwrite writes them anew"
             parts.append(f"{len(already):,} had {what} there already ({how})")
         if out and out.left_out:
             parts.append(f"{out.left_out:,} of them another call had written meanwhile: its {what} stay")
+        if out and out.cut:
+            parts.append(f"the last line there, without an end, was taken for cut off: {out.cut:.200}")
         if images.others:
             parts.append(f"{counted(images.others, 'other file')} left alone")
         if there:

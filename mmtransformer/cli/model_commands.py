@@ -60,6 +60,13 @@ def _classify(name: str, words: Sequence[str]) -> int:
     many = ManyImages(name, words, args.images, open_file)
     images, first = many.images, -1
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
+    if many.out:
+        there = {" ".join(many.out.kind(i).split()) for i in range(len(images)) if many.out.has(i)}
+        if others := sorted(there - {" ".join(label.split()) for label in ("", *classifier.classes)}):
+            raise ValueError(
+                f"{args.out} holds classes of these pictures that {args.model} does not know "
+                f"({', '.join(others[:3])}): --overwrite writes them anew, or name another file"
+            )
 
     def take(i: int, classes: "Classes") -> Iterable[str]:
         nonlocal first

@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -34,12 +36,14 @@ class LineFormat(Generic[T]):
     Attributes:
         key: Of a line of JSON, beside "image".
         columns: Of a table, behind "image"; the first tells it from other tables.
+        kind: The column, and the key of a line of JSON, that tells results of one call from another's.
         to_json: What stands under the key.
         to_rows: The rows of a table, behind the picture's name.
     """
 
     key: str
     columns: tuple[str, ...]
+    kind: str
     to_json: Callable[[T], list[dict[str, Any]]]
     to_rows: Callable[[T], Iterable[tuple[str, ...]]]
 
@@ -51,15 +55,20 @@ class LineFormat(Generic[T]):
 CAPTIONS: LineFormat[Sequence[CaptionResult]] = LineFormat(
     "captions",
     ("caption", "language", "log_prob"),
+    "language",
     lambda said: [{key: getattr(caption, key) for key in SHOWN} for caption in said],
     lambda said: ((" ".join(c.text.split()), c.language or "", f"{c.log_prob:.4f}") for c in said),
 )
 CLASSES: LineFormat[Sequence[tuple[str, float]]] = LineFormat(
     "classes",
     ("class", "share"),
+    "class",
     lambda said: [{"class": label, "share": share} for label, share in said],
     lambda said: ((" ".join(label.split()), f"{share:.4f}") for label, share in said),
 )
+
+
+_LAST_CELL = re.compile(r"-?\d+\.\d{4}")  # of a row that was not cut off: its number is whole
 
 
 class ResultFile(ABC, Generic[T]):
@@ -68,12 +77,14 @@ class ResultFile(ABC, Generic[T]):
     Attributes:
         where: What it is called in messages.
         bad_list: The list of the pictures that could not be used.
+        cut: The last line, where it was cut off, and so is not gone on with.
         way_on: What goes on after the program was stopped, in words.
         left_out: How many results were not written, as another process had written of their pictures meanwhile.
     """
 
     where: str
     bad_list: Path
+    cut = ""
     way_on = "the same call goes on with the others"
     left_out = 0
 
@@ -85,8 +96,8 @@ class ResultFile(ABC, Generic[T]):
     def keep(self, i: int) -> bool:
         """Lets picture i, which could not be used, have its earlier results; whether there are any."""
 
-    def language(self, i: int) -> str:
-        """The language that the results of picture i are said to be in; "" where nothing says it."""
+    def kind(self, i: int) -> str:
+        """The language that captions of picture i are said to be in, or a class of it; "" where nothing says it."""
         return ""
 
     @abstractmethod
@@ -118,14 +129,15 @@ class Lines(ResultFile[T]):
         given = {images.name(i) for i in range(len(images))} if overwrite else set[str]()
         self._seen = self._state()  # before it is read: what comes in between is looked at again
         header, rows, cut = self._read(path.read_bytes() if path.exists() else b"")
-        self._done = {name: language for name, language, _ in rows if name not in given and language is not None}
+        self.cut = cut or ""
+        self._done = {name: kind for name, kind, _ in rows if name not in given and kind is not None}
         self._theirs: set[str] = set()
         self._earlier: dict[str, str] = {}
         for name, _, row in rows:
             if name in given:
                 self._earlier[name] = self._earlier.get(name, "") + self._line(row)
         self._anew: str | None = None  # what the file begins with, once there is more to write; None adds to it
-        if overwrite or cut or not rows:
+        if overwrite or cut is not None or not rows:
             self._anew = header + "".join(self._line(row) for name, _, row in rows if name not in given)
 
     def has(self, i: int) -> bool:
@@ -141,8 +153,8 @@ class Lines(ResultFile[T]):
                 self._anew += lines
         return bool(lines)
 
-    def language(self, i: int) -> str:
-        """The language of the last line of picture i."""
+    def kind(self, i: int) -> str:
+        """What the last line of picture i says."""
         return self._done.get(self._images.name(i), "")
 
     def write(self, i: int, said: T) -> None:
@@ -190,9 +202,9 @@ class Lines(ResultFile[T]):
             data = lines.read()
         header = self._read(b"")[0].encode()
         begun, rows, _ = self._read(data if whole else header + data)
-        told = [(name, language, self._line(row)) for name, language, row in rows]
+        told = [(name, kind, self._line(row)) for name, kind, row in rows]
         told = [each for each in told if each[2] not in self._earlier.get(each[0], "")]
-        self._theirs |= {name for name, language, _ in told if name not in self._done and language is not None}
+        self._theirs |= {name for name, kind, _ in told if name not in self._done and kind is not None}
         if self._anew is not None:
             self._anew = begun + "".join(line for _, _, line in told)
 
@@ -204,11 +216,12 @@ class Lines(ResultFile[T]):
         csv.writer(text, lineterminator="\n").writerow(row)
         return text.getvalue()
 
-    def _read(self, data: bytes) -> tuple[str, Sequence[tuple[str, str | None, str | Sequence[str]]], bool]:
-        """The first line of a table; of each other line the picture, the language (None where it has no results) and
-        the line itself; whether the last one was cut off.
+    def _read(self, data: bytes) -> tuple[str, Sequence[tuple[str, str | None, str | Sequence[str]]], str | None]:
+        """The first line of a table; of each other line the picture, its kind (None where it has no results) and the
+        line itself; what was cut off at the end: "" where the last line only lacks its end, as editors leave it.
         """
         whole, own = data[: data.rfind(b"\n") + 1], ["image", *self._form.columns]
+        cut = data[len(whole) :].decode("utf-8", "replace") or None
         # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
         start = "\ufeff" + self._line(own) if self._table else '{"image": '
         begun = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
@@ -216,19 +229,27 @@ class Lines(ResultFile[T]):
         try:
             if not (whole or begun.startswith(first) or first.startswith(begun)):
                 raise ValueError("its only line has no end")
-            text, cut = whole.decode("utf-8-sig"), len(whole) < len(data)
+            text = whole.decode("utf-8-sig")
             if self._table:
                 header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [own]
                 if header[:2] != own[:2]:
                     raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(own[:2])}")
                 rows = [row for row in rows if row]
-                if cut and rows:  # of a picture with several rows all go
-                    rows = [*dropwhile(lambda row, last=rows[-1][0]: row[0] == last, reversed(rows))][::-1]
-                at = header.index("language") if "language" in header else len(header)
+                cut = cut if text else None  # of a header that was cut off nothing is lost
+                last = next(csv.reader([cut or ""]), [])
+                if len(last) == len(header) and _LAST_CELL.fullmatch(last[-1]):
+                    rows, cut = [*rows, last], ""
+                elif last:  # of a picture with several rows all go
+                    names = {row[0] for row in rows if row[0].startswith(last[0])} if len(last) == 1 else {last[0]}
+                    rows = [*dropwhile(lambda row: row[0] in names, reversed(rows))][::-1]
+                at = header.index(self._form.kind) if self._form.kind in header else len(header)
                 told = [(row[0], "".join(row[at : at + 1]), row) for row in rows]
                 return "\ufeff" + self._line(header), told, cut
+            with suppress(ValueError):
+                json.loads(cut or "")
+                text, cut = text + str(cut), ""
             lines = [(json.loads(line), line) for line in text.split("\n") if line.strip()]
-            told = [(said["image"], _language(said[key]), line) for said, line in lines]
+            told = [(said["image"], _kind(said[key], self._form.kind), line) for said, line in lines]
             return "", told, cut
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             reason = f"a line has no image or no {key}" if isinstance(error, KeyError | TypeError) else error
@@ -237,10 +258,10 @@ class Lines(ResultFile[T]):
             ) from error
 
 
-def _language(said: Any) -> str | None:
-    """The language of results in a line of JSON; "" where they say none, None where there are none."""
+def _kind(said: Any, key: str) -> str | None:
+    """What results in a line of JSON say under a key; "" where they say nothing, None where there are none."""
     first = said[0] if isinstance(said, list) and said else None
-    return None if said is None else str(first.get("language") or "") if isinstance(first, dict) else ""
+    return None if said is None else str(first.get(key) or "") if isinstance(first, dict) else ""
 
 
 class SidecarFiles(ResultFile[Sequence[CaptionResult]]):

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -261,8 +262,8 @@ class CaptionJob:
         chunks = iter([indices[at : at + size] for at in range(0, len(indices), size)])
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
         free = context.SimpleQueue()
-        for device in devices:
-            free.put(device)
+        for i, device in enumerate(devices):
+            free.put((device, i == 0))
         cores = max(1, torch.get_num_threads() // len(devices))
         given = (imported_modules(Pretrained), self, free, cores)
         pool = ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=given)
@@ -303,10 +304,11 @@ _mine: dict[str, Any] = {}
 
 def _begin(modules: Sequence[str], job: CaptionJob, free: Any, cores: int) -> None:
     import_again(modules)
-    device = free.get()
+    device, speaks = free.get()
     if device == "cpu":
         torch.set_num_threads(cores)
-    model, prompt_builder = job.start(device)
+    with nullcontext() if speaks else redirect_stderr(StringIO()):  # what is said of the model is said once
+        model, prompt_builder = job.start(device)
     _mine.update(job=dataclasses.replace(job, threads=job.threads or cores), model=model, prompt_builder=prompt_builder)
 
 

@@ -359,11 +359,12 @@ def test_an_empty_text_file_is_no_caption(capsys: pytest.CaptureFixture[str], mo
     assert (photos / "3.txt").read_text() == "a dog\n"
 
 
-def test_processes_share_the_pictures(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
+def test_processes_share_the_pictures(capfd: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
     (photos / "1bad.jpg").write_bytes(b"broken")
     for out, devices in (("one.csv", "1"), ("two.csv", "2")):
         words = ["--model", model, "--device", "cpu", "--devices", devices, "--out", out, "--batch-size", "1"]
-        assert mmt(capsys, "caption", "photos", *words)[0] == 1
+        code, _, err = mmt(capfd, "caption", "photos", *words)
+        assert (code, err.count("captions are in en; --language says another (ko)")) == (1, 1), err
     one, two = ([*csv.reader(Path(out).read_text("utf-8-sig").splitlines())] for out in ("one.csv", "two.csv"))
     assert [row[:3] for row in one] == [row[:3] for row in two]
     assert [row[0] for row in two[1:]] == ALL

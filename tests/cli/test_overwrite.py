@@ -38,8 +38,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, context_dim=16)
     captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder / "caption")
-    classifier = ViT(32, 8, 16, 1, 2, num_classes=2)
-    ImageClassifier(classifier, ["cat", "dog"], ImageTransform(32), device="cpu").save_pretrained(folder / "classify")
+    for name, classes in (("classify", ["cat", "dog"]), ("others", ["a pig", "cow", "양"])):
+        classifier = ViT(32, 8, 16, 1, 2, num_classes=len(classes))
+        ImageClassifier(classifier, classes, ImageTransform(32), device="cpu").save_pretrained(folder / name)
     return folder
 
 
@@ -155,6 +156,48 @@ def test_a_language_that_the_model_does_not_know_is_no_reason_to_overwrite(
     assert mmt(capsys, *words, "--language", "ko")[0] == 0
     code, _, err = mmt(capsys, *words, "--language", "kr")
     assert (code, 'does not know the language "kr"' in err, "--overwrite" in err) == (2, True, False), err
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+def test_classes_of_another_model_are_no_results_of_this_one(
+    capsys: pytest.CaptureFixture[str], saved: Path, out: str
+) -> None:
+    words = ["classify", "photos", "--out", out]
+    assert (
+        mmt(capsys, *words[:1], *PICTURES[:2], *words[2:], "--model", str(saved / "classify"), "--top-k", "2")[0] == 0
+    )
+    before = Path(out).read_bytes()
+    code, _, err = mmt(capsys, *words, "--model", str(saved / "others"))
+    assert (code, Path(out).read_bytes()) == (2, before)
+    assert f"{out} holds classes of these pictures that {saved / 'others'} does not know (" in err
+    assert "): --overwrite writes them anew, or name another file" in err
+    assert mmt(capsys, "classify", PICTURES[4], "--model", str(saved / "others"), "--out", out)[0] == 0  # of others
+    code, _, err = mmt(capsys, *words, "--model", str(saved / "others"), "--overwrite")
+    assert (code, [*rows(out)]) == (0, PICTURES), err
+    code, _, err = mmt(capsys, *words, "--model", str(saved / "others"))
+    assert (code, "5 had classes there already (by the options" in err) == (0, True), err
+
+
+@pytest.mark.parametrize("out", ["c.csv", "c.jsonl"])
+def test_a_last_line_that_lacks_its_end_alone_stays(capsys: pytest.CaptureFixture[str], saved: Path, out: str) -> None:
+    words = ["--model", str(saved / "caption"), "--out", out]
+    assert mmt(capsys, "caption", *PICTURES[:2], *words)[0] == 0
+    written = Path(out).read_text("utf-8")
+    mine = {
+        "c.csv": f"{PICTURES[2]},나의 말,ko,-1.0000",
+        "c.jsonl": f'{{"image": "{PICTURES[2]}", "captions": [{{"text": "나"}}]}}',
+    }
+    for line in (mine[out], written.splitlines()[-1].replace(PICTURES[1], PICTURES[2])):
+        Path(out).write_text(written + line, "utf-8")
+        code, _, err = mmt(capsys, "caption", *PICTURES[2:4], *words)
+        assert (code, "cut off" in err, [*rows(out)]) == (0, False, PICTURES[:4]), err
+        assert Path(out).read_text("utf-8").startswith(f"{written}{line}\n")
+    for line in (mine[out][:-7], mine[out][:9]):  # of a picture's name the beginning, too
+        Path(out).write_text(written + line, "utf-8")
+        code, _, err = mmt(capsys, "caption", *PICTURES[2:4], *words)
+        assert (code, [*rows(out)]) == (0, PICTURES[:4]), err
+        assert Path(out).read_text("utf-8").startswith(written)
+        assert f"the last line there, without an end, was taken for cut off: {line}" in err
 
 
 def test_scores_that_are_refused_leave_their_captions(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
