@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from mmtransformer.serialization.printable import printable, say
+from mmtransformer.serialization.printable import say
 
 COMMANDS = {
     "fit": ("fit", "Train a recipe, score it, and leave model, metrics and galleries in the run's folder."),
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Warnings without the place in a library that they came from."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+    """Warnings without the place in a library that they came from (Lightning, once imported, formats its own)."""
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", file=sys.stderr)
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.showwarning = before
 
 
 def usage() -> str:

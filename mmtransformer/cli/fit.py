@@ -317,6 +317,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     import torch
 
     from mmtransformer.training import Run, Task
+    from mmtransformer.training.callbacks.config_file import ConfigFile
     from mmtransformer.training.callbacks.heartbeats import watched
     from mmtransformer.training.callbacks.saving import LastCheckpoint
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
@@ -335,9 +336,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
         with paths_as_texts():
-            text = cli.parser.dump(cli.config, skip_none=False)
-        with written_to(folder):
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
+            trainer.callbacks.append(ConfigFile(folder, cli.parser.dump(cli.config, skip_none=False)))  # pyright: ignore[reportAttributeAccessIssue]
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     say(f"run folder: {folder}; {size}; {device_name(device)}")
     said = [f"the gradient is clipped at {clip:g}"] if (clip := trainer.gradient_clip_val) else []

@@ -186,6 +186,11 @@ class InterleavedData(DataModule):
         super().setup(stage)
         self.captions.setup("validate")
 
+    def clear_reports(self, stage: str | None = "fit") -> None:
+        """Forget an earlier run's reports, of the pairs that the run is scored on too."""
+        super().clear_reports(stage)
+        self.captions.clear_reports("validate")
+
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
         total = int(self.rows(split).images.sum())

@@ -205,17 +205,18 @@ def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
     assert "--heatmap" not in words
 
 
-def test_a_warning_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, before = [], warnings.formatwarning
+def test_a_warning_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.showwarning
 
     def run(name: str, words: object) -> int:
-        said.append(warnings.formatwarning(UserWarning("data\x1b[2J have changed"), UserWarning, "some/call.py", 199))
+        with monkeypatch.context() as patch:  # as Lightning does where it is imported
+            patch.setattr(warnings, "formatwarning", lambda message, kind, file, line, *_: f"{file}:{line}: {message}")
+            warnings.showwarning("data\x1b[2J have changed", UserWarning, "some/call.py", 199)
         return 0
 
     monkeypatch.setattr(fit, "run", run)
-    assert main(["fit"]) == 0
-    assert said == ["warning: data\\x1b[2J have changed\n"]
-    assert warnings.formatwarning is before
+    assert mmt(capsys, "fit") == (0, "", "warning: data\\x1b[2J have changed\n")
+    assert warnings.showwarning is before
 
 
 def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(

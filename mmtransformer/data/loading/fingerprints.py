@@ -6,15 +6,16 @@ changes it, and nothing else would tell.
 Shapes: n samples.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.printable import counted, printable
 
 _MOST_FILES = 20_000  # that are asked for their size and time: on a network's disk each takes a moment
 
@@ -81,3 +82,31 @@ def changes(was: Tensor, now: Tensor, parts: Parts) -> str:
             count = counted(len(places), samples.removesuffix("s"), samples)
             said.append(f"{f'the {what} of ' if what else ''}{count} ({names})")
     return " and ".join(said)
+
+
+def tell_changes(was: Tensor, now: Tensor, parts: Parts, split: str, dataset: Callable[..., Any] | None) -> None:
+    """Warns of what has changed in a split, or refuses to go on where the order of its samples has.
+
+    Args:
+        was: What `fingerprints` gave for it.
+        now: What it gives now.
+        parts: The split.
+        split: Its name.
+        dataset: What gives the split's samples, where an epoch takes each of them once.
+
+    Raises:
+        ValueError: If it does, and there is another number of them.
+    """
+    if not (said := changes(was, now, parts)):
+        return
+    if len(was) != len(now) and dataset is not None and len(dataset(split, training=True)) == len(now):
+        raise ValueError(
+            f"cannot resume: the run had {len(was):,} {parts.called[0]} in {split!r}, and there are now {len(now):,}. "
+            f"Use its data, languages and seed (config.yaml in its folder names them), or start a new run, without "
+            f"--resume"
+        )
+    warnings.warn(
+        f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on with what is "
+        f"there now, and is no longer the one that it would have been",
+        stacklevel=3,
+    )

@@ -4,7 +4,6 @@ The batches are a pure function of (seed, epoch), the same for any number of wor
 """
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from torch.utils.data import Dataset
 from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.fingerprints import Parts, changes, fingerprints
+from mmtransformer.data.loading.fingerprints import Parts, fingerprints, tell_changes
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, processes
 from mmtransformer.data.loading.source import splits_there
 from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
-from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
 
 Lengths = Callable[[int | np.ndarray, np.ndarray], np.ndarray]
@@ -282,10 +280,16 @@ class DataModule(lightning.LightningDataModule, ABC):
         return self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare a stage's splits; of earlier reports a run that goes on keeps what still cannot be read."""
+        """Prepare a stage's splits, and the reports on them; see `clear_reports`."""
         for split in self.splits_of(stage):
             self.prepare(split)
-            if self.trainer and self.trainer.is_global_zero and (bad := self.bad_samples(split)):
+        if not (self.trainer and self.trainer.ckpt_path and self.trainer.state.fn == "fit"):
+            self.clear_reports(stage)
+
+    def clear_reports(self, stage: str | None = "fit") -> None:
+        """Forget an earlier run's reports; one that goes on keeps what still cannot be read, once it is accepted."""
+        for split in self.splits_of(stage) if self.trainer and self.trainer.is_global_zero else ():
+            if bad := self.bad_samples(split):
                 if self.is_new_run:
                     bad.reset()
                 elif listed := bad.names():
@@ -371,8 +375,8 @@ class DataModule(lightning.LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """The `identity`, which is saved with a run, and the `fingerprints`; those of the first process are kept."""
         first = self.trainer is None or self.trainer.is_global_zero
-        found = {split: self.fingerprints(split) for split in (self.splits_of("fit") if first else ())}
-        kept = {split: trace for split, trace in found.items() if trace is not None}
+        splits = self.splits_of("fit") if first else ()
+        kept = {split: trace for split in splits if (trace := self.fingerprints(split)) is not None}
         return self.identity() | ({"fingerprints": kept} if kept else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -391,10 +395,6 @@ class DataModule(lightning.LightningDataModule, ABC):
         if self.trainer is not None and not self.trainer.is_global_zero:
             return
         for split, was in (state_dict or {}).get("fingerprints", {}).items():
-            now = self.fingerprints(split) if split in self.splits_of("fit") else None
-            if now is not None and (said := changes(was, now, cast(Parts, self.parts(split)))):
-                warnings.warn(
-                    f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on "
-                    f"with what is there now, and is no longer the one that it would have been",
-                    stacklevel=2,
-                )
+            if split in self.splits_of("fit") and (now := self.fingerprints(split)) is not None:
+                alone = split == self.train_split and self.mixture(split) is None
+                tell_changes(was, now, cast(Parts, self.parts(split)), split, self.dataset if alone else None)

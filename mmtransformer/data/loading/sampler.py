@@ -237,11 +237,15 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             ValueError: If the state is of another order of samples.
         """
         state = {"keep_together": 1, **state}
-        for key in ("seed", "num_samples", "keep_together"):
+        for key, what in (
+            ("seed", "the data's seed"),
+            ("num_samples", "the number of samples in an epoch"),
+            ("keep_together", "loader.keep_together"),
+        ):
             if state[key] != getattr(self, key):
                 raise ValueError(
-                    f"cannot resume: {key} was {state[key]} and is now {getattr(self, key)}, so the order of the "
-                    f"samples differs; use the data and seed of the run, or start a new one"
+                    f"cannot resume: {what} was {state[key]} and is now {getattr(self, key)}, so the order of the "
+                    f"samples differs; use the data, languages and seed of the run, or start a new one"
                 )
         self.epoch, self.start, self.position = state["epoch"], state["position"], state["position"]
         self.passed = False

@@ -34,6 +34,7 @@ class MetricsLog(Logger):
         """Rows that are in the file."""
         self._waiting: list[dict[str, Any]] = []
         self._saved = time.monotonic()
+        self._kept: list[dict[str, Any]] = []  # of an earlier run's file, where it is gone on with
         self._begun = False
 
     @property
@@ -68,9 +69,9 @@ class MetricsLog(Logger):
         self._saved = time.monotonic()
         if not self._waiting:
             return
-        if not self._begun:  # a new run
-            self.path.unlink(missing_ok=True)
-            self._begun = True
+        if not self._begun:  # and not before: a run that is refused leaves the file as it is
+            self._write(self._kept) if self._kept else self.path.unlink(missing_ok=True)
+            self._kept, self._begun = [], True
         rows, self._waiting = self._waiting, []
         new = sorted({key for row in rows for key in row} - set(self.columns))
         self.rows += len(rows)
@@ -85,10 +86,9 @@ class MetricsLog(Logger):
     @rank_zero_only
     def resume(self, rows: int) -> None:
         """Goes on behind so many rows of an earlier run's file."""
-        kept = self._read()[:rows]
-        self.columns = list(kept[0]) if kept else []
-        self.rows, self._waiting, self._begun = len(kept), [], True
-        self._write(kept)
+        self._kept = self._read()[:rows]
+        self.columns = list(self._kept[0]) if self._kept else []
+        self.rows, self._waiting, self._begun = len(self._kept), [], False
 
     def written(self, steps: int) -> int:
         """How many rows of the first so many steps the file has, without the validation that follows the last."""

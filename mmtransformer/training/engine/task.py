@@ -170,7 +170,10 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
         self.set_modes()
         self._at_first_batch = True
-        resume_loaders(self.trainer)
+        resume_loaders(self.trainer)  # The last that can refuse to go on.
+        data = getattr(self.trainer, "datamodule", None)
+        if self.trainer.ckpt_path and isinstance(data, DataModule):
+            data.clear_reports()
         if self.trainer.is_global_zero and not self.trainer.ckpt_path:
             (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
 

@@ -272,9 +272,9 @@ def test_a_pass_that_was_left_early_starts_again():
 
 def test_a_state_of_another_order_is_refused():
     state = IndexSampler(N, 7, seed=3).state_dict()
-    with pytest.raises(ValueError, match="seed was 3 and is now 4"):
+    with pytest.raises(ValueError, match="the data's seed was 3 and is now 4"):
         IndexSampler(N, 7, seed=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_samples was 101 and is now 103"):
+    with pytest.raises(ValueError, match="number of samples in an epoch was 101 and is now 103"):
         IndexSampler(103, 7, seed=3).load_state_dict(state)
     with pytest.raises(ValueError, match="keep_together was 1 and is now 2"):
         IndexSampler(N, 7, keep_together=2).load_state_dict(IndexSampler(N, 7).state_dict())
