@@ -163,7 +163,7 @@ def mmt(words: list[str]) -> int:
         source, splits = SIZES.get(name, ("data.source", ("train", "val", "compositional")))
         fewer = [f"--{source}.{split}_size={16 if split == 'train' else 4}" for split in splits]
         words[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in name or name in SIZES)
-        words += ["--connectors", "qformer,prefix"] * (words[0] == "ablate")  # two of the four: it is slow
+        words += ["--captioners", "qformer,prefix"] * (words[0] == "ablate")  # two of the four: it is slow
         if words[0] == "fit" and "--trainer.default_root_dir" not in words:
             shutil.rmtree(Path("runs", name), ignore_errors=True)  # of another page: a reader's run is not written over
     else:

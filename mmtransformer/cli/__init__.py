@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "export": ("model_commands", "Write a captioner as transformers reads it."),
     "parity": ("model_commands", "Set a public captioner beside transformers: pixels, prompts, logits and ids."),
-    "ablate": ("ablate", "Train several connectors on the towers and data of one recipe, and compare them."),
+    "ablate": ("ablate", "Train several captioners on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),
     "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),
     "plan": ("plan", "Say what a recipe needs of memory and disk, before it is run."),

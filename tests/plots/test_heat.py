@@ -1,7 +1,7 @@
 """Where a trained model looks: the heat of a word lies on the thing that it names.
 
 Two coloured squares stand somewhere in a grid of patches; the text says the colour of the upper one, then that of the
-other. Each connector learns this in seconds, and `look` is then asked.
+other. Each captioner learns this in seconds, and `look` is then asked.
 """
 
 import pytest
@@ -31,18 +31,18 @@ def images(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
     return CaptionBatch(tokens, attention_mask, loss_mask, pixels=pixels[:, None]), cells
 
 
-def trained(connector: str, steps: int) -> Captioner:
+def trained(kind: str, steps: int) -> Captioner:
     torch.manual_seed(1)
     vision = ViT(
         GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", patches=ViTPatchConfig(positions="sinusoidal")
     )
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions=PositionConfig("rotary"))
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)
-    if connector == "qformer":  # With the one head that `sized` makes of 32, all queries look at the same place.
+    if kind == "qformer":  # With the one head that `sized` makes of 32, all queries look at the same place.
         queries = QFormer(8, 32, 2, 2, 32, cross_attention_frequency=1, dropout=0.0)
         model = Blip2(vision, queries, language, **frozen).train()
     else:
-        model = sized(connector, vision, language, 60_000, frozen).train()
+        model = sized(kind, vision, language, 60_000, frozen).train()
     optim, generator = OptimConfig(kind="muon", lr=1e-2, warmup_steps=20), torch.Generator().manual_seed(0)
     optimizer = optim.build(model)
     schedule = optim.schedule(optimizer, 5 * steps)
@@ -57,11 +57,10 @@ def trained(connector: str, steps: int) -> Captioner:
 
 # Through latents the way to a patch is longer, and learnt later: Flamingo has learnt it in part.
 @pytest.mark.parametrize(
-    ("connector", "steps", "right", "times"),
-    [("cross", 300, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 200, 0.8, 6)],
+    ("kind", "steps", "right", "times"), [("cross", 300, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 200, 0.8, 6)]
 )
-def test_the_heat_of_a_word_lies_on_its_object(connector: str, steps: int, right: float, times: float) -> None:
-    model = trained(connector, steps)
+def test_the_heat_of_a_word_lies_on_its_object(kind: str, steps: int, right: float, times: float) -> None:
+    model = trained(kind, steps)
     batch, cells = images(200, torch.Generator().manual_seed(9))
     with torch.no_grad():
         said = model.logits(batch)[:, :2].argmax(-1)
@@ -70,6 +69,6 @@ def test_the_heat_of_a_word_lies_on_its_object(connector: str, steps: int, right
     own = heat.gather(2, cells.unsqueeze(-1))[..., 0]
     assert (own / heat.mean(-1)).median() > times
     assert (own > heat.mean(-1)).float().mean() > 0.85
-    if connector == "cross":
+    if kind == "cross":
         other = heat.gather(2, cells.flip(1).unsqueeze(-1))[..., 0]
         assert (own > other).float().mean() > 0.8

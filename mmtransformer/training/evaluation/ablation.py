@@ -1,4 +1,4 @@
-"""Connectors compared: the same vision tower and language model, as many numbers to learn, the same steps and data."""
+"""Captioners compared: the same towers, as many numbers to learn between them, the same steps and data."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -70,7 +70,7 @@ def _heads(dim: int) -> tuple[int, int]:
 
 
 Build = Callable[..., Captioner]
-CONNECTORS: dict[str, Build] = {"cross": cross, "flamingo": flamingo, "qformer": qformer, "prefix": prefix}
+CAPTIONERS: dict[str, Build] = {"cross": cross, "flamingo": flamingo, "qformer": qformer, "prefix": prefix}
 
 
 def connector_parameters(captioner: Captioner) -> int:
@@ -85,8 +85,8 @@ def connector_parameters(captioner: Captioner) -> int:
     return sum(p.numel() for p in captioner.parameters() if p.requires_grad and id(p) not in own)
 
 
-def with_connector(captioner: Captioner, connector: str, parameters: int) -> Captioner:
-    """A captioner of the same towers, frozen where they were, with another connector: see `sized`.
+def with_towers_of(captioner: Captioner, name: str, parameters: int) -> Captioner:
+    """Another captioner of the same towers, frozen where they were: see `sized`.
 
     Raises:
         ValueError: if it has no language model that reads text alone, and as `sized`.
@@ -100,24 +100,24 @@ def with_connector(captioner: Captioner, connector: str, parameters: int) -> Cap
             "alone, as that of flamingo_scenes does"
         )
     frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
-    return sized(connector, captioner.vision, decoder, parameters, frozen)
+    return sized(name, captioner.vision, decoder, parameters, frozen)
 
 
-def sized(connector: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
-    """A captioner whose connector has as nearly so many parameters as its width allows.
+def sized(name: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
+    """A captioner with as nearly so many parameters between its towers as its width allows.
 
     Args:
-        connector: one of `CONNECTORS`.
+        name: one of `CAPTIONERS`.
         vision: the vision tower.
         decoder: the language model.
-        parameters: how many numbers the connector should learn.
+        parameters: how many numbers are to be learned between the two.
         frozen: which towers do not learn.
 
     Raises:
-        ValueError: for a connector that there is not, or one that cannot be so small.
+        ValueError: for a captioner that there is not, or one that cannot be so small.
     """
-    check_connectors([connector])
-    build = CONNECTORS[connector]
+    check_captioners([name])
+    build = CAPTIONERS[name]
     with torch.device("meta"):
         towers = [from_config(to_config(part)) for part in (vision, decoder)]  # pyright: ignore[reportArgumentType]
 
@@ -126,7 +126,9 @@ def sized(connector: str, vision: ViT, decoder: Decoder, parameters: int, frozen
 
         low, high = 1, 2
         if (least := count(low)) > parameters:
-            raise ValueError(f'the connector "{connector}" has at least {least:,} parameters, more than {parameters:,}')
+            raise ValueError(
+                f'the captioner "{name}" has at least {least:,} parameters between its towers, more than {parameters:,}'
+            )
         while count(high) < parameters:
             low, high = high, 2 * high
         while high - low > 1:
@@ -136,14 +138,14 @@ def sized(connector: str, vision: ViT, decoder: Decoder, parameters: int, frozen
     return build(vision, decoder, nearest, frozen)
 
 
-def check_connectors(connectors: Sequence[str]) -> None:
-    """Refuses names that are no connectors.
+def check_captioners(captioners: Sequence[str]) -> None:
+    """Refuses names that are none of `CAPTIONERS`.
 
     Raises:
-        ValueError: naming them, and the connectors that there are.
+        ValueError: naming them, and the captioners that there are.
     """
-    if unknown := [name for name in connectors if name not in CONNECTORS]:
-        raise ValueError(f"no connector {', '.join(unknown)}; there are {', '.join(CONNECTORS)}")
+    if unknown := [name for name in captioners if name not in CAPTIONERS]:
+        raise ValueError(f"no captioner {', '.join(unknown)}; there are {', '.join(CAPTIONERS)}")
 
 
 def headline(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""mmt ablate: connectors of one size on the same towers, one table and one picture."""
+"""mmt ablate: captioners of one size on the same towers, one table and one picture."""
 
 import json
 import warnings
@@ -10,7 +10,7 @@ import torch
 from mmtransformer import CaptionBatch, TextDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.layers.modes import is_frozen
-from mmtransformer.training.evaluation.ablation import CONNECTORS, Frozen, connector_parameters, sized
+from mmtransformer.training.evaluation.ablation import CAPTIONERS, Frozen, connector_parameters, sized
 
 FROZEN = Frozen(freeze_vision=True, freeze_decoder=True)
 
@@ -46,15 +46,15 @@ data:
 """
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
-def test_connectors_get_the_size_that_is_asked_for(connector: str) -> None:
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_captioners_get_the_size_that_is_asked_for(name: str) -> None:
     vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
-    model = sized(connector, vision, decoder, 400_000, FROZEN)
+    model = sized(name, vision, decoder, 400_000, FROZEN)
     assert connector_parameters(model) == pytest.approx(400_000, rel=0.02)
     assert connector_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert model.vision is vision
     assert is_frozen(vision)
-    open_towers = sized(connector, vision.requires_grad_(True), decoder, 400_000, Frozen(
+    open_towers = sized(name, vision.requires_grad_(True), decoder, 400_000, Frozen(
         freeze_vision=False, freeze_decoder=True))  # fmt: skip
     assert connector_parameters(open_towers) == connector_parameters(model)
     tokens = torch.randint(97, (4, 5))
@@ -64,9 +64,9 @@ def test_connectors_get_the_size_that_is_asked_for(connector: str) -> None:
 
 def test_what_cannot_be_built() -> None:
     vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
-    with pytest.raises(ValueError, match="no connector corss; there are cross, flamingo, qformer, prefix"):
+    with pytest.raises(ValueError, match="no captioner corss; there are cross, flamingo, qformer, prefix"):
         sized("corss", vision, decoder, 400_000, FROZEN)
-    with pytest.raises(ValueError, match=r'"flamingo" has at least \d\d,\d{3} parameters, more than 1,000'):
+    with pytest.raises(ValueError, match=r'"flamingo" has at least \d\d,\d{3} .* towers, more than 1,000'):
         sized("flamingo", vision, decoder, 1000, FROZEN)
 
 
@@ -88,8 +88,14 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "ablation.png").read_bytes()[1:4] == b"PNG"
     assert "facts % val ko" in said
     assert (out / "qformer/gallery.png").is_file()
-    assert main(["ablate", "--config", str(recipe), "--connectors", "flamigno"]) == 2
-    assert "no connector flamigno" in capsys.readouterr().err
+    assert main(["ablate", "--config", str(recipe), "--captioners", "flamigno"]) == 2
+    assert "no captioner flamigno" in capsys.readouterr().err
+    for words in (["--connectors", "prefix"], ["--connectors=prefix"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["ablate", "--config", str(recipe), *words])
+        said = capsys.readouterr().err
+        assert said.startswith("mmt ablate: error: unrecognized arguments: --connectors")
+        assert '; did you mean "--captioners"?; see' in said
 
 
 def test_a_recipe_whose_language_model_has_a_connector_within_it_is_refused(
@@ -99,6 +105,6 @@ def test_a_recipe_whose_language_model_has_a_connector_within_it_is_refused(
     recipe = RECIPE.replace("PrefixCaptioner", "VisionEncoderDecoder").replace("hidden_dim: 2000", "")
     recipe = recipe.replace("        pixel_shuffle: 2\n", "").replace("max_len: 110}", "max_len: 110, context_dim: 32}")
     Path("recipe.yaml").write_text(recipe, "utf-8")
-    assert main(["ablate", "--config", "recipe.yaml", "--connectors", "prefix"]) == 2
+    assert main(["ablate", "--config", "recipe.yaml", "--captioners", "prefix"]) == 2
     assert "needs one that reads text alone, as that of flamingo_scenes" in capsys.readouterr().err
     assert not Path("runs/ablate_recipe/prefix/metrics.json").exists()
