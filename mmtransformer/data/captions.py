@@ -199,6 +199,11 @@ class CaptionData(DataModule):
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
                 *(split, rows.cut, len(rows.prompt), self.max_len, rows.longest),
             )
+        unknown = 0 if self.tokenizer.unk_id is None else int((rows.tokens == self.tokenizer.unk_id).sum())
+        learned = int(rows.sizes.sum() - rows.prompt.sum())
+        if 100 * unknown > learned:  # a rare sign here and there is no other script
+            what = "%s: the tokenizer has no tokens for %.0f%% of what the captions say, and the model cannot learn it"
+            _log.warning(f"{what} (`mmt check DATA --model MODEL` lists the words)", split, 100 * unknown / learned)
         return rows
 
     def prepare(self, split: str) -> None:

@@ -4,16 +4,15 @@ import dataclasses
 import hashlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from mmtransformer.data.check_captions import Kind, TokenizerLike, caption_kinds
 from mmtransformer.data.files.normalize import BY_HASH
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.loading.errors import FIRST, Report, allowed
@@ -21,17 +20,8 @@ from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.images import ImageError
 from mmtransformer.serialization.printable import counted
-from mmtransformer.text.markup import find_markup
 
 _BAR = 24  # width of a histogram's longest bar
-
-
-class TokenizerLike(Protocol):
-    """What a check needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        ...
 
 
 @dataclasses.dataclass
@@ -151,7 +141,7 @@ def check(
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(report, max_bad_fraction) if isinstance(report, Report) else []
     said = describe() if describe else type(pairs).__name__
-    kinds = _images(looked, named_splits=BY_HASH not in said) + _captions(
+    kinds = _images(looked, named_splits=BY_HASH not in said) + caption_kinds(
         splits, captions, tokenizer, max_len, 3 if pairs.languages else 2
     )
     findings += [
@@ -255,9 +245,6 @@ _REMEDIES = {
 }
 
 
-_HTML = "--normalize html (data.read.normalize) puts the characters in their place and takes tags out"
-
-
 def _remedy(cause: str, first: Sequence[str]) -> str:
     """What to do about the errors of a manifest, with the option that does it."""
     if cause == "not UTF-8":
@@ -282,10 +269,7 @@ def _rows(report: Report, max_bad_fraction: float) -> list[Finding]:
     return found + [Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()]
 
 
-_Kind = tuple[str, list[str], int, bool, str]  # what, the offenders, out of how many, whether it may hurt, remedy
-
-
-def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[_Kind]:
+def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[Kind]:
     first: dict[bytes, _Looked] = {}
     inside: list[str] = []
     across: list[str] = []
@@ -317,44 +301,6 @@ def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[_Kind]:
     ]
 
 
-def _captions(
-    splits: Mapping[str, Pairs],
-    captions: dict[str, list[list[Caption]]],
-    tokenizer: TokenizerLike | None,
-    max_len: int,
-    around: int,
-) -> list[_Kind]:
-    room, unit, total = max_len - around, "tokens" if tokenizer else "words", 0
-    cut: list[str] = []
-    short: list[str] = []
-    html: list[str] = []
-    again: list[str] = []
-    lost: list[str] = []
-    for name, groups in captions.items():
-        for i, group in enumerate(groups):
-            often = Counter(text for text, _, asked in group if not asked)
-            again += [f"{splits[name].name(i)}: {text[:60]!r}, {n} times" for text, n in often.items() if n > 1]
-            for text, _, asked in group:
-                total += 1
-                count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
-                if count > room:
-                    cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
-                if (sign := find_markup(text)) is not None:
-                    html.append(f"{splits[name].name(i)}: {sign} in {text[:60]!r}")
-                if "\ufffd" in text:
-                    lost.append(f"{splits[name].name(i)}: {text[:60]!r}")
-                if _says_little(text) and not asked:
-                    short.append(f"{splits[name].name(i)}: {text!r}")
-    remedy = f"raise max_len ({max_len}) or split them into sentences"
-    return [
-        (f"captions longer than {room} {unit}, to be cut", cut, total, True, remedy),
-        ("captions that say next to nothing", short, total, True, "rewrite them"),
-        ("captions with letters that were lost (U+FFFD)", lost, total, True, "save them in UTF-8 from where they came"),
-        ("captions that a picture has several times", again, total, False, "leave one of each, or they weigh more"),
-        ("captions with HTML or marks in them, which a model would learn to write", html, total, False, _HTML),
-    ]
-
-
 def _one_caption(captions: Mapping[str, list[list[Caption]]]) -> list[Finding]:
     """The caption that most pictures have, if these are more than chance makes alike."""
     groups = [[c for c in group if not c.question] for split in captions.values() for group in split]
@@ -364,12 +310,6 @@ def _one_caption(captions: Mapping[str, list[list[Caption]]]) -> list[Finding]:
             what, remedy = "pictures share one caption", "a model learns to say this of every picture"
             return [Finding(what, count, len(groups), count > len(groups) // 2, [repr(text[:80])], remedy)]
     return []
-
-
-def _says_little(text: str) -> bool:
-    """No letter or digit at all, or a single one that isn't a word by itself, as one syllable of Korean can be."""
-    letters = [char for char in text if char.isalnum()]
-    return not letters or (len(letters) == 1 and unicodedata.east_asian_width(letters[0]) not in "WF")
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:

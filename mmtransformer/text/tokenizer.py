@@ -82,9 +82,8 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(token, special=True) for token in roles.values()])
         backend.encode_special_tokens = True  # tokenizer.json and pickles do not keep it
         self.backend = backend
-        self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token
-        self.more_eos_tokens = tuple(more_eos_tokens)
-        self.image_token, self.languages = image_token, tuple(languages)
+        self.bos_token, self.eos_token, self.pad_token, self.image_token = bos_token, eos_token, pad_token, image_token
+        self.more_eos_tokens, self.languages = tuple(more_eos_tokens), tuple(languages)
         self.vocab_size: int = max(vocab.values()) + 1  # ids may have gaps, so not len(vocab)
         self.bos_id, self.eos_id, self.pad_id = vocab[bos_token], vocab[eos_token], vocab[pad_token]
         self.eos_ids: tuple[int, ...] = (self.eos_id, *(vocab[token] for token in more_eos_tokens))
@@ -96,12 +95,13 @@ class Tokenizer:
         description = check_growth(json.loads(backend.to_str()))
         self._token_bytes = TokenBytes(backend, description, {i: token.content for i, token in added.items()})
         model = description["model"]
-        self._forbidden = self._specials - {model.get("unk_id", vocab.get(model.get("unk_token")))}  # no text gets them
+        unk = model.get("unk_id", vocab.get(model.get("unk_token")))
+        self.unk_id: int | None = None if unk in (self.bos_id, self.pad_id, *self.eos_ids) else unk
+        self._forbidden = self._specials - {unk}  # no text gets them
         self.decomposes = self._token_bytes.decomposes
 
     def __repr__(self) -> str:
-        known = f", languages {', '.join(self.languages)}" if self.languages else ""
-        return f"Tokenizer({self.vocab_size} tokens{known})"
+        return f"Tokenizer({self.vocab_size} tokens{', languages ' * bool(self.languages)}{', '.join(self.languages)})"
 
     @classmethod
     def train(

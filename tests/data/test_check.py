@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
+from tokenizers import models, pre_tokenizers
 
+from mmtransformer import ImageTransform, Tokenizer
+from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.check import CheckReport, Finding, check
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
@@ -250,6 +254,42 @@ def test_tokens_are_counted_where_there_is_a_tokenizer(tmp_path: Path) -> None:
     found = finding(report, "captions longer than 78 tokens, to be cut")
     assert found.first == ["p7.png: 90 tokens: " + "한" * 30 + "..."]
     assert look(tmp_path, max_len=80).findings == []
+
+
+def test_words_that_the_tokenizer_cannot_write_hurt_and_fit_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    korean = {i: f"작은 사진 {i}" for i in range(0, 190, 2)}
+    source = open_pairs(build(tmp_path, caption={**korean, 1: "🐕 number"}))
+    tokenizer = word_pieces(["picture", "number", "of", "some", "size", "and", "so", "on"])
+    report = check(source, tokenizer=tokenizer, progress=False)
+    found = finding(report, "words that the tokenizer has no tokens for, and the model cannot learn, in ko")
+    assert (found.hurts, found.count, found.of, found.first[:2]) == (
+        True, 190, 285, ["p0.png: '작은'", "p0.png: '사진'"],
+    )  # fmt: skip
+    english = finding(report, found.what.replace("in ko", "in en"))
+    assert (english.hurts, english.first) == (False, ["p1.png: '🐕'"])
+    data = CaptionData(source, tokenizer=tokenizer, transform=ImageTransform(8))
+    data.rows("train")
+    assert "train: the tokenizer has no tokens for 12% of what the captions say" in caplog.text
+    caplog.clear()
+    assert CaptionData(source, tokenizer=bytewise(), transform=ImageTransform(8)).rows("train")
+    assert caplog.text == ""
+
+
+def word_pieces(words: Sequence[str]) -> Tokenizer:
+    """As BERT's, of some words and digits."""
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "<|en|>", "<|ko|>", *words, *map(str, range(10))]
+    pieces += [f"##{i}" for i in range(10)]
+    model = models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    names = {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]"}
+    return Tokenizer(backend, languages=("en", "ko"), **names)
+
+
+def bytewise() -> Tokenizer:
+    return Tokenizer.train(["a"], 300, ("en", "ko"))
 
 
 def test_korean_words_of_one_syllable_are_captions(tmp_path: Path) -> None:
