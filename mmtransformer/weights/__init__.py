@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.paligemma import save_paligemma as save_paligemma
     from mmtransformer.weights.captioners.paligemma import to_paligemma as to_paligemma
     from mmtransformer.weights.captioners.parts.qformer import init_from_bert as init_from_bert
-    from mmtransformer.weights.captioners.parts.qformer import qformer_from_bert as qformer_from_bert
+    from mmtransformer.weights.captioners.parts.qformer import load_qformer_from_bert as load_qformer_from_bert
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
         load_vision_encoder_decoder as load_vision_encoder_decoder,
     )
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
     from mmtransformer.weights.vision.load import load_vit as load_vit
-    from mmtransformer.weights.vision.load import save_vit as save_vit
+    from mmtransformer.weights.vision.load import save_timm as save_timm
     from mmtransformer.weights.vision.siglip2 import save_siglip2 as save_siglip2
     from mmtransformer.weights.vision.siglip2 import vision_from_siglip2 as vision_from_siglip2
     from mmtransformer.weights.vision.siglip2 import vision_to_siglip2 as vision_to_siglip2
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.timm import from_timm as from_timm
     from mmtransformer.weights.vision.timm import to_timm as to_timm
     from mmtransformer.weights.vision.timm import vit_from_state as vit_from_state
-    from mmtransformer.weights.vision.vit import save_transformers_vit as save_transformers_vit
+    from mmtransformer.weights.vision.vit import save_vit as save_vit
     from mmtransformer.weights.vision.vit import vision_from_vit as vision_from_vit
     from mmtransformer.weights.vision.vit import vision_to_vit as vision_to_vit
 

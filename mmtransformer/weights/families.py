@@ -65,10 +65,10 @@ from mmtransformer.weights.text.lm import decoder_from_state, load_lm, save_lm
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES
 from mmtransformer.weights.vision.dino import DINO_TYPES, save_dino
 from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
-from mmtransformer.weights.vision.load import load_vit, save_vit
+from mmtransformer.weights.vision.load import load_vit, save_timm
 from mmtransformer.weights.vision.siglip2 import SIGLIP2_TYPES, save_siglip2
 from mmtransformer.weights.vision.transformers import vision_from_transformers
-from mmtransformer.weights.vision.vit import VIT_TYPES, save_transformers_vit
+from mmtransformer.weights.vision.vit import VIT_TYPES, save_vit
 
 
 def _ids(
@@ -132,11 +132,11 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "dit": Family(load_dit, save_dit, (DiffusionTransformer,)),
-    "timm": Family(load_vit, save_vit, (ViT,)),
+    "timm": Family(load_vit, save_timm, (ViT,)),
     "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES, vision_from_transformers),
     "siglip2": Family(load_vit, save_siglip2, (ViT,), SIGLIP2_TYPES, vision_from_transformers),
     "dino": Family(load_vit, save_dino, (ViT,), DINO_TYPES, vision_from_transformers),
-    "vit": Family(load_vit, save_transformers_vit, (ViT,), VIT_TYPES, vision_from_transformers),
+    "vit": Family(load_vit, save_vit, (ViT,), VIT_TYPES, vision_from_transformers),
     **{
         name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,), decoder_from_state)
         for name in ("gpt2", "opt", *LLAMAS, *GEMMAS)

@@ -32,7 +32,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.weights import from_transformers, save_lm, save_vit
+from mmtransformer.weights import from_transformers, save_lm, save_timm
 from support.cli import mmt
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -143,7 +143,7 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for i in range(8):
         split.image(i).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(split.captions(i)[0].text, "utf-8")
-    save_vit(ViT(32, 8, 64, 1, 1), vit)
+    save_timm(ViT(32, 8, 64, 1, 1), vit)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=WORDS, max_position_embeddings=40, **sizes)).save_pretrained(bert)
     tokenizer(()).save_pretrained(bert)

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, VisionEncoderDecoder, ViT, caption_loss
 from mmtransformer.layers.lora import add_lora, merge_lora
-from mmtransformer.weights import load_lm, save_lm, save_vit
+from mmtransformer.weights import load_lm, save_lm, save_timm
 
 TOKENS = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -149,7 +149,7 @@ def test_saving_before_merging_names_what_merges(tmp_path: Path) -> None:
     saves: list[Callable[[Path], None]] = [
         lm.save_pretrained,
         partial(save_lm, lm),
-        partial(save_vit, vit),
+        partial(save_timm, vit),
         VisionEncoderDecoder(vit, TextDecoder(31, 16, 1, 2, context_dim=16)).save_pretrained,
     ]
     for save in saves:

@@ -28,8 +28,8 @@ from mmtransformer.weights import (
     load_bert,
     load_blip2,
     load_lm,
+    load_qformer_from_bert,
     load_vit,
-    qformer_from_bert,
     save_lm,
     to_timm,
 )
@@ -214,7 +214,7 @@ def test_berts_that_claim_more(key: str, tmp_path: Path) -> None:
         config = {"model_type": "bert"} | (SIZES | {key: value} if key else {})
         (tmp_path / "config.json").write_text(json.dumps(config))
         refused(lambda: load_bert(str(tmp_path)), tmp_path)
-        refused(lambda: qformer_from_bert(str(tmp_path)), tmp_path)
+        refused(lambda: load_qformer_from_bert(str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize("vision", [None, 5, {"hidden_size": HUGE}, {"num_hidden_layers": HUGE, "hidden_size": 8}])

@@ -24,7 +24,6 @@ BUILDERS = (
     "mmtransformer.captioners.blip2.blip2_from_stage1",
     "mmtransformer.training.tasks.captioning.finetune",
     "mmtransformer.training.tasks.contrastive_learning.finetune_clip",
-    "mmtransformer.weights.captioners.parts.qformer.qformer_from_bert",
 )
 """The functions of this library that a recipe may call in place of a class, beside `load_...` of `weights`."""
 

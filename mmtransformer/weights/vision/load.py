@@ -44,7 +44,7 @@ def load_vit(
 
     Args:
         source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
-            `model.safetensors` as timm and `save_vit` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
+            `model.safetensors` as timm and `save_timm` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
             SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, the
             name of a timm model, or that of a hub's repository (org/name, as timm has it hf-hub:org/name@revision).
         settings: what a bare file does not say; needed for one, and for nothing else.
@@ -89,7 +89,7 @@ def load_vit(
     return freeze_module(vit) if freeze else vit
 
 
-def save_vit(vit: ViT, folder: str | Path) -> None:
+def save_timm(vit: ViT, folder: str | Path) -> None:
     """Writes a folder that timm reads (`timm.create_model("local-dir:FOLDER")`), and `load_vit`.
 
     Raises:

@@ -124,7 +124,7 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def save_transformers_vit(vit: ViT, folder: str | Path) -> None:
+def save_vit(vit: ViT, folder: str | Path) -> None:
     """Writes a folder that transformers reads as a ViTModel, or a DeiTModel where there is a register.
 
     Raises:

@@ -40,7 +40,7 @@ from mmtransformer.plots.gallery import GAP
 from mmtransformer.plots.retrieval import MARK_INKS, WIDE, FoundImages, FoundTexts, plot_searches
 from mmtransformer.training import Captioning, OptimConfig, QFormerStage1, Run
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
-from mmtransformer.weights import qformer_from_bert
+from mmtransformer.weights import load_qformer_from_bert
 
 VOCAB = 420
 
@@ -282,13 +282,13 @@ def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
         parameter.add_(0.2 * torch.randn_like(parameter))
     bert.embeddings.token_type_embeddings.weight.zero_()  # a Q-Former has none
     bert.save_pretrained(tmp_path)
-    qformer = qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
+    qformer = load_qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
     assert (qformer.vocab_size, qformer.max_len, qformer.visual_dim, qformer.num_queries) == (55, 17, 13, 5)
     tokens = torch.randint(0, 53, (3, 11))
     torch.testing.assert_close(qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match='model_type is "gpt2", not "bert"'):
-        qformer_from_bert(str(tmp_path))
+        load_qformer_from_bert(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses

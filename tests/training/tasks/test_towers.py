@@ -34,7 +34,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import load
 from mmtransformer.training.tasks.data_checks import check_pixels
 from mmtransformer.training.tasks.towers import fit_widths, use_transform
-from mmtransformer.weights import from_timm, load_vit, save_vit
+from mmtransformer.weights import from_timm, load_vit, save_timm
 from mmtransformer.weights.vision.load import tower_width
 from support.recipes import RECIPES, flickr_folder
 
@@ -54,7 +54,7 @@ def test_the_width_of_a_tower_before_it_is_loaded(tmp_path: Path) -> None:
     assert tower_width(tmp_path) is None
     vit = ViT(16, 8, 20, 1, 4)
     vit.save_pretrained(tmp_path / "ours")
-    save_vit(vit, tmp_path / "timm")
+    save_timm(vit, tmp_path / "timm")
     VisionEncoderDecoder(vit, TextDecoder(31, 24, 1, 4, context_dim=20)).save_pretrained(tmp_path / "captioner")
     sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
@@ -122,7 +122,7 @@ def test_a_recipe_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.manual_seed(0)
     small: dict[str, Any] = {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 1.0}
     vit = timm.create_model("vit_small_patch14_dinov2", **small)
-    save_vit(from_timm(vit), tmp_path / "tower")
+    save_timm(from_timm(vit), tmp_path / "tower")
     run = tmp_path / "run"
     words = ["--config", str(RECIPES / "caption_flickr8k.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     words += [f"--model.captioner.vision.source={tmp_path / 'tower'}"]
@@ -161,7 +161,7 @@ def test_a_clip_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixture
     """By one key, in a recipe that has a ViT of its own and in one that loads one: pixels are the tower's, and said."""
     torch.manual_seed(0)
     small: dict[str, Any] = {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 1.0}
-    save_vit(from_timm(timm.create_model("vit_small_patch14_dinov2", **small)), tmp_path / "tower")
+    save_timm(from_timm(timm.create_model("vit_small_patch14_dinov2", **small)), tmp_path / "tower")
     words = ["fit", "--config", str(RECIPES / "clip_flickr8k.yaml"), "--config", str(RECIPES / "tiny.yaml")]
     words += [f"--model.model.vision.source={tmp_path / 'tower'}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
     words += [f"--data.source={flickr_folder(tmp_path / 'flickr')}"]

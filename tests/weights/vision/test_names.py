@@ -10,7 +10,7 @@ import timm
 import torch
 from huggingface_hub import errors
 
-from mmtransformer.weights import from_timm, load_vit, save_vit
+from mmtransformer.weights import from_timm, load_vit, save_timm
 
 NAME = "vit_tiny_patch16_224"
 ADVICE = r"the hub is out of reach.*: where there is a network, `hf download {} --local-dir FOLDER`"
@@ -58,7 +58,7 @@ def test_a_hub_out_of_reach_is_asked_once(name: str, repository: str, out_of_rea
 def test_what_the_cache_has_is_loaded_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name.partition("/")[2]))
     theirs = timm.create_model("test_vit").eval()
-    save_vit(from_timm(theirs), tmp_path / "test_vit.r160_in1k")
+    save_timm(from_timm(theirs), tmp_path / "test_vit.r160_in1k")
     shutil.copytree(tmp_path / "test_vit.r160_in1k", tmp_path / "tower")
     assert timm.get_pretrained_cfg("test_vit").hf_hub_id == "timm/test_vit.r160_in1k"
     pixels = torch.randn(1, 3, 160, 160)

@@ -13,15 +13,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
 from mmtransformer import ImageTransform, NativeSize, PackedImages, ViT, packed_forward
-from mmtransformer.weights import (
-    from_timm,
-    load_vit,
-    save_clip,
-    save_dino,
-    save_siglip2,
-    save_transformers_vit,
-    save_vit,
-)
+from mmtransformer.weights import from_timm, load_vit, save_clip, save_dino, save_siglip2, save_timm, save_vit
 
 SIZES: dict[str, Any] = {"depth": 1, "embed_dim": 20, "num_heads": 5, "mlp_ratio": 1.0}
 VISION: dict[str, Any] = {
@@ -62,7 +54,7 @@ def test_a_timm_towers_pixels_are_timms(name: str, says: ImageTransform | None) 
 def test_a_timm_folder_says_and_keeps_it(tmp_path: Path) -> None:
     vit = from_timm(timm.create_model("vit_base_patch16_siglip_224", img_size=64, **SIZES))
     assert vit.transform == ImageTransform(64, "crop", crop_fraction=0.9, backend="timm")
-    save_vit(vit, tmp_path)
+    save_timm(vit, tmp_path)
     assert load_vit(tmp_path).transform == vit.transform
     assert load_vit(tmp_path, image_size=(32, 48)).transform == ImageTransform(
         (32, 48), "crop", crop_fraction=0.9, backend="timm"
@@ -79,7 +71,7 @@ def test_a_timm_folder_says_and_keeps_it(tmp_path: Path) -> None:
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
     "vit": (transformers.ViTConfig, transformers.ViTModel, {"size": {"height": 56, "width": 56}},
-            save_transformers_vit),
+            save_vit),
     "clip": (
         transformers.CLIPVisionConfig, transformers.CLIPVisionModel,
         {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}, save_clip,
@@ -140,7 +132,7 @@ def test_naflex_and_what_cannot_be_imitated(tmp_path: Path, caplog: pytest.LogCa
     assert load_vit(tmp_path / "ours").transform == native
     plain = ViT(28, 14, 20, 1, 4)
     plain.transform = native  # timm has no word for it, and takes its own.
-    save_vit(plain, tmp_path / "timm")
+    save_timm(plain, tmp_path / "timm")
     assert getattr(load_vit(tmp_path / "timm").transform, "resize", None) == "crop"
     transformers.Siglip2ImageProcessor(patch_size=16).save_pretrained(tmp_path)
     assert load_vit(tmp_path).transform is None

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
 from mmtransformer import ViT, ViTPosEmbedConfig
-from mmtransformer.weights import from_timm, load_vit, save_vit
+from mmtransformer.weights import from_timm, load_vit, save_timm
 
 BASE: dict[str, Any] = {
     "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5, "pos_embed_grid_size": (5, 3),
@@ -71,7 +71,7 @@ def test_another_size_leaves_its_table_as_it_is_and_a_folder_keeps_how_it_is_res
     # Not to the bit: weights mapped from a file lie elsewhere in memory, and MKL adds up in another order there.
     torch.testing.assert_close(again(pixels), before, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"timm's VisionTransformer has nothing like pos_embed.grid=\(5, 3\)"):
-        save_vit(ours, tmp_path / "timm")
+        save_timm(ours, tmp_path / "timm")
     config = json.loads((tmp_path / "config.json").read_text())
     config["args"]["patches"]["pos_embed"]["interpolation"] = "cubic"
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ from mmtransformer.weights import (
     load_vit,
     save_dino,
     save_siglip2,
-    save_transformers_vit,
+    save_vit,
     vision_from_dino,
     vision_from_siglip2,
     vision_from_vit,
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "siglip 2, dual": ("Siglip2", "Siglip2Model", {"vision_config": SIGLIP2, "text_config": TEXT}),
 }  # fmt: skip
-SAVE = {"vit": save_transformers_vit, "deit": save_transformers_vit, "siglip2_vision_model": save_siglip2}
+SAVE = {"vit": save_vit, "deit": save_vit, "siglip2_vision_model": save_siglip2}
 FOLDED = ("cls_token", "distillation_token", "position_embeddings", "mask_token")
 """Names of tensors that come back otherwise: positions of prefix tokens are added into these."""
 
@@ -213,10 +213,10 @@ def test_refused(tmp_path: Path) -> None:
         ),
         (save_siglip2, ViT(16, 8, 16, 1, 2), "NaFlex tower has nothing like class_token=True"),
         (save_siglip2, ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), "nothing like patches"),
-        (save_transformers_vit, ViT(16, 8, 16, 1, 2, num_registers=2), "num_registers=2"),
-        (save_transformers_vit, ViT(16, 8, 16, 1, 2, output=ViTOutputConfig("none")), "output.norm="),
+        (save_vit, ViT(16, 8, 16, 1, 2, num_registers=2), "num_registers=2"),
+        (save_vit, ViT(16, 8, 16, 1, 2, output=ViTOutputConfig("none")), "output.norm="),
         (
-            save_transformers_vit,
+            save_vit,
             ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(pos_embed=ViTPosEmbedConfig((3, 3)))),
             "patches.pos_embed.grid=",
         ),

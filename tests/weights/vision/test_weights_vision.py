@@ -33,7 +33,7 @@ from mmtransformer.weights import (
     from_timm,
     from_transformers,
     load_vit,
-    save_vit,
+    save_timm,
     to_timm,
     vit_from_state,
 )
@@ -325,7 +325,7 @@ def test_a_folder_that_timm_reads(name: str, tmp_path: Path) -> None:
 
     theirs = timm_vit(**VITS[name])
     ours = from_timm(theirs)
-    save_vit(ours, tmp_path)
+    save_timm(ours, tmp_path)
     again = load_vit(tmp_path, keep_head=True)
     pixels = torch.randn(2, ours.patches.in_channels, *ours.image_size)
     assert torch.equal(again(pixels), ours(pixels))
@@ -342,14 +342,14 @@ def test_towers_that_timms_arguments_cannot_say_are_not_written(tmp_path: Path) 
         (ViTPatchConfig(), ViTBlockConfig(activation="relu"), "not built with relu"),
     ):
         with pytest.raises(ValueError, match=message):
-            save_vit(ViT(16, 8, 20, 1, 4, patches=patches, block=block), tmp_path / "out")
+            save_timm(ViT(16, 8, 20, 1, 4, patches=patches, block=block), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_load_vit_resizes_and_freezes(tmp_path: Path) -> None:
     theirs, pixels = timm_vit(), torch.randn(2, 3, 40, 16)
     folder = tmp_path / "vit"
-    save_vit(from_timm(theirs), folder)
+    save_timm(from_timm(theirs), folder)
     vit = load_vit(folder, image_size=(40, 16), freeze=True)
     assert vit.image_size == (40, 16)
     assert not any(p.requires_grad for p in vit.parameters())

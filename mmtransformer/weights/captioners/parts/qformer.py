@@ -88,7 +88,7 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
     return qformer
 
 
-def qformer_from_bert(
+def load_qformer_from_bert(
     source: str | Path,
     *,
     num_queries: int = 32,
@@ -97,7 +97,7 @@ def qformer_from_bert(
     extra_ids: int = 1,
     dropout: float = 0.1,
 ) -> QFormer:
-    """A Q-Former of BERT's size that starts from it (in recipes `class_path: mmtransformer.weights.qformer_from_bert`).
+    """A Q-Former of BERT's size that starts from it (in recipes `mmtransformer.weights.load_qformer_from_bert`).
 
     Args:
         source: a folder with BERT's `config.json` and `model.safetensors`, or its name on the hub.
