@@ -35,8 +35,8 @@ from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.dual_encoders.dual import dual_type, load_clip, save_clip
 from mmtransformer.weights.dual_encoders.inputs import ids_of, preprocessor_of, read_inputs, write_inputs
+from mmtransformer.weights.dual_encoders.transformers import dual_encoder_type, load_clip, save_clip
 from mmtransformer.weights.processors.pixels import open_clip_pixels
 
 TEMPLATES: tuple[str, ...] = (
@@ -257,7 +257,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         )
 
     def save_transformers(self, folder: str | Path) -> None:
-        """Writes a folder that transformers reads: the model as the dual model it is there, tokenizer and processor.
+        """Writes a folder that transformers reads: the model as the dual encoder it is there, tokenizer and processor.
 
         Raises:
             ValueError: If transformers has no such model, or no such transform, before anything is written.
@@ -320,4 +320,4 @@ def _refuse(folder: Path) -> None:
     """Refuses another model by its config.json, before anything large is fetched."""
     config = folder_config(folder)
     if "class" not in config and config.get("model_type") != "open_clip":
-        dual_type(config, str(folder / CONFIG))
+        dual_encoder_type(config, str(folder / CONFIG))

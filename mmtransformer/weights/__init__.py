@@ -51,13 +51,18 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
         to_vision_encoder_decoder as to_vision_encoder_decoder,
     )
-    from mmtransformer.weights.dual_encoders.dual import clip_from_transformers as clip_from_transformers
-    from mmtransformer.weights.dual_encoders.dual import clip_to_transformers as clip_to_transformers
-    from mmtransformer.weights.dual_encoders.dual import load_clip as load_clip
-    from mmtransformer.weights.dual_encoders.dual import save_clip as save_clip
+    from mmtransformer.weights.diffusion.diffusers import dit_from_diffusers as dit_from_diffusers
+    from mmtransformer.weights.diffusion.diffusers import dit_to_diffusers as dit_to_diffusers
+    from mmtransformer.weights.diffusion.diffusers import load_autoencoder as load_autoencoder
+    from mmtransformer.weights.diffusion.diffusers import load_dit as load_dit
+    from mmtransformer.weights.diffusion.diffusers import save_dit as save_dit
     from mmtransformer.weights.dual_encoders.open_clip import clip_from_open_clip as clip_from_open_clip
     from mmtransformer.weights.dual_encoders.open_clip import clip_to_open_clip as clip_to_open_clip
     from mmtransformer.weights.dual_encoders.open_clip import save_open_clip as save_open_clip
+    from mmtransformer.weights.dual_encoders.transformers import clip_from_transformers as clip_from_transformers
+    from mmtransformer.weights.dual_encoders.transformers import clip_to_transformers as clip_to_transformers
+    from mmtransformer.weights.dual_encoders.transformers import load_clip as load_clip
+    from mmtransformer.weights.dual_encoders.transformers import save_clip as save_clip
     from mmtransformer.weights.families import FAMILIES as FAMILIES
     from mmtransformer.weights.families import Family as Family
     from mmtransformer.weights.families import families_for as families_for
@@ -76,11 +81,6 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.dino import save_dino as save_dino
     from mmtransformer.weights.vision.dino import vision_from_dino as vision_from_dino
     from mmtransformer.weights.vision.dino import vision_to_dino as vision_to_dino
-    from mmtransformer.weights.vision.dit import dit_from_diffusers as dit_from_diffusers
-    from mmtransformer.weights.vision.dit import dit_to_diffusers as dit_to_diffusers
-    from mmtransformer.weights.vision.dit import load_autoencoder as load_autoencoder
-    from mmtransformer.weights.vision.dit import load_dit as load_dit
-    from mmtransformer.weights.vision.dit import save_dit as save_dit
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
     from mmtransformer.weights.vision.load import load_vit as load_vit

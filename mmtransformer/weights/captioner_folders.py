@@ -23,7 +23,7 @@ from mmtransformer.serialization.weight_files import read_safetensors, write_wei
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hf import hf_types
-from mmtransformer.weights.dual_encoders.dual import DUAL_TYPES
+from mmtransformer.weights.dual_encoders.transformers import DUAL_ENCODER_TYPES
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.generation_config import read_search
 from mmtransformer.weights.processors.pixels import to_preprocess_cfg, to_preprocessor
@@ -54,7 +54,7 @@ def captioner_family(folder: Path) -> Family | None:
         return family
     known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HF)
     kind = config.get("model_type") or config.get("architecture")
-    if kind in (*DUAL_TYPES, "siglip2", "open_clip"):
+    if kind in (*DUAL_ENCODER_TYPES, "open_clip"):
         file = OPEN_CLIP if kind == "open_clip" else CONFIG
         raise ValueError(
             f"{folder / file}: a dual encoder ({kind}), which does not caption: use `mmt search`, or ImageTextEmbedder"

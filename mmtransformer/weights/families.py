@@ -56,7 +56,8 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
     save_vision_encoder_decoder,
     vision_encoder_decoder_from_state,
 )
-from mmtransformer.weights.dual_encoders.dual import DUAL_TYPES, clip_from_transformers, save_clip
+from mmtransformer.weights.diffusion.diffusers import DIT, PIXART, load_dit, save_dit
+from mmtransformer.weights.dual_encoders.transformers import DUAL_ENCODER_TYPES, clip_from_transformers, save_clip
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.text.bert import encoder_from_bert, load_bert, save_bert
 from mmtransformer.weights.text.gemma import GEMMAS
@@ -64,7 +65,6 @@ from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import decoder_from_state, load_lm, save_lm
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES
 from mmtransformer.weights.vision.dino import DINO_TYPES, save_dino
-from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
 from mmtransformer.weights.vision.load import load_vit, save_timm
 from mmtransformer.weights.vision.siglip2 import SIGLIP2_TYPES, save_siglip2
 from mmtransformer.weights.vision.transformers import vision_from_transformers
@@ -252,7 +252,7 @@ def from_transformers(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     kind, name = getattr(config, "model_type", None), type(model).__name__
     readers = {kind: family.read for family in FAMILIES.values() if family.read for kind in family.model_types}
-    readers |= dict.fromkeys(DUAL_TYPES, clip_from_transformers)  # CLIP's own type is both towers'
+    readers |= dict.fromkeys(DUAL_ENCODER_TYPES, clip_from_transformers)  # CLIP's own type is both towers'
     if kind not in readers:
         raise ValueError(
             f'{name} is not a model of transformers that is read here: its model_type is "{kind}", and known are '

@@ -1,4 +1,4 @@
-"""Small dual models in folders as hubs have them, with tokenizer and image processor: for several tests."""
+"""Small dual encoders in folders as hubs have them, with tokenizer and image processor: for several tests."""
 
 import json
 from pathlib import Path
@@ -147,7 +147,7 @@ def many_lingual(kind: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def write(folder: Path, kind: str, shape: str = "small") -> Any:
-    """A folder of transformers, of one of the kinds that `DUAL_TYPES` has, or "dual, bert"; its model.
+    """A folder of transformers, of one of the kinds that `DUAL_ENCODER_TYPES` has, or "dual, bert"; its model.
 
     "siglip2" is one of one size, which is a SigLIP, and "siglip2 naflex" reads pictures of native size.
     """

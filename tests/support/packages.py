@@ -29,6 +29,7 @@ IMPORT_ORDER = [
     "weights/shared",
     "weights/processors",
     "weights/vision",
+    "weights/diffusion",
     "weights/text",
     "weights/captioners/parts",
     "weights/captioners",

@@ -1,1 +1,1 @@
-"""Dual towers of transformers and open_clip: one key table a family, in both directions."""
+"""Dual encoders of transformers and open_clip, in both directions."""

@@ -1,4 +1,4 @@
-"""What a public dual model reads: the tokenizer and the image transform of its folder, and back."""
+"""What a public dual encoder reads: the tokenizer and the image transform of its folder, and back."""
 
 import json
 from pathlib import Path

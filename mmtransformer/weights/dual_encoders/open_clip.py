@@ -1,4 +1,4 @@
-"""open_clip's dual models -> `CLIP`, and back: open_clip_config.json and safetensors.
+"""open_clip's dual encoders -> `CLIP`, and back: open_clip_config.json and safetensors.
 
 What open_clip calls a custom text model has its text tower's tensors below "text.", the others beside "visual.".
 """
@@ -66,7 +66,7 @@ def clip_from_open_clip(config: Mapping[str, Any], state: Mapping[str, Tensor], 
             tensors that do not fit.
     """
     if missing := [name for name in ("embed_dim", *_USUAL) if not isinstance(config.get(name), int | dict)]:
-        raise ValueError(f"{context}: model_cfg has no {', '.join(missing)}: not a dual model")
+        raise ValueError(f"{context}: model_cfg has no {', '.join(missing)}: not a dual encoder")
     if "multimodal_cfg" in config:
         raise ValueError(f"{context} is a CoCa, which captions too: `load_open_coca` reads it")
     vision, text = (_USUAL[name] | config[name] for name in _USUAL)

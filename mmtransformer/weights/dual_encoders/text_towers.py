@@ -1,4 +1,4 @@
-"""The text towers of transformers' dual models -> the library's, and back."""
+"""The text towers of transformers' dual encoders -> the library's, and back."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -63,10 +63,10 @@ _USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted whe
 def text_from_transformers(
     kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], context: str, ids: Mapping[str, int]
 ) -> Text:
-    """The text tower of a dual model.
+    """The text tower of a dual encoder.
 
     Args:
-        kind: the dual model's `model_type`.
+        kind: the dual encoder's `model_type`.
         config: its `text_config`.
         state: its tensors, named from the text tower on.
         context: what they come from, for errors.
@@ -116,7 +116,7 @@ def _end(kind: str, said: Mapping[str, Any], ids: Mapping[str, int]) -> Literal[
 
 
 def kind_of(text: Text, *, siglip: bool, native: bool, ids: Mapping[str, int]) -> str:
-    """Which of transformers' dual models has this text tower.
+    """Which of transformers' dual encoders has this text tower.
 
     Args:
         text: the tower.
@@ -139,9 +139,9 @@ def text_to_transformers(
     """The `text_config` and the tensors of a text tower, named from the text tower on.
 
     Args:
-        kind: the dual model's `model_type`, as `kind_of` has it.
+        kind: the dual encoder's `model_type`, as `kind_of` has it.
         text: the tower.
-        name: what the dual model is called, for errors.
+        name: what the dual encoder is called, for errors.
         ids: the tokenizer's "bos_token_id", "eos_token_id", "pad_token_id"; none = what transformers takes for granted.
 
     Raises:

@@ -26,7 +26,7 @@ from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 CLIP_TYPES, SIGLIP_TYPES = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
-"""`model_type` of the dual models, and of their towers alone."""
+"""`model_type` of the dual encoders, and of their towers alone."""
 
 TOWER = {
     "embeddings.patch_embedding": "patch_embed.proj",
@@ -79,7 +79,7 @@ def vision_from_clip(
     into the space that it shares with text.
 
     Args:
-        config: the configuration of the tower or of the dual model.
+        config: the configuration of the tower or of the dual encoder.
         state: its tensors, with "vision_model." before their names or without.
         context: what they come from, for errors.
         norm: of a CLIP, whether its last norm is of the class token alone, or also of all "tokens" (GIT).

@@ -45,7 +45,7 @@ def load_vit(
     Args:
         source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
             `model.safetensors` as timm and `save_timm` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
-            SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, the
+            SigLIP or SigLIP 2, of dual encoders the vision tower alone), a `.safetensors` file with timm's names, the
             name of a timm model, or that of a hub's repository (org/name, as timm has it hf-hub:org/name@revision).
         settings: what a bare file does not say; needed for one, and for nothing else.
         image_size: picture size to resize the positions to, px; None = as trained, or as the folder's

@@ -22,7 +22,7 @@ from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_pare
 from mmtransformer.weights.vision.clip import POSITIONS, SIGLIP, TOWER_SIZES, USUAL, pair
 
 SIGLIP2_TYPES = ("siglip2", "siglip2_vision_model")
-"""`model_type` of the dual model, and of its tower alone."""
+"""`model_type` of the dual encoder, and of its tower alone."""
 
 _PATCHES = "embeddings.patch_embedding.weight"
 
@@ -34,7 +34,7 @@ def vision_from_siglip2(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     shape; transformers reads them cut into patches, with padding, here they are whole, or packed (`packed_forward`).
 
     Args:
-        config: the configuration of the tower or of the dual model.
+        config: the configuration of the tower or of the dual encoder.
         state: its tensors, with "vision_model." before their names or without.
         context: what they come from, for errors.
 

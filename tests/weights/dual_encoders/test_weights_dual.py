@@ -1,4 +1,4 @@
-"""Dual models of transformers and open_clip: ids, pixels and vectors equal, there and back, and what is refused."""
+"""Dual encoders of transformers and open_clip: ids, pixels and vectors equal, there and back, and what is refused."""
 
 import json
 from pathlib import Path
@@ -264,7 +264,7 @@ def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
         ("text", r'text/config.json is one tower alone \("clip_text_model"\)'),
         (
             "bert",
-            "bert/config.json: model_type is 'bert', no dual model that is known here: clip, metaclip_2, siglip, sig",
+            "bert/config.json: model_type is 'bert', no dual encoder that is known here: clip, metaclip_2, siglip, sig",
         ),
         ("vit", "vit holds a ViT, not a CLIP"),
         ("nothing", "nothing: no such folder"),
@@ -275,7 +275,7 @@ def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"a dual encoder \(clip\), which does not caption: use `mmt search`, or Imag"):
         ImageCaptioner.from_pretrained(tmp_path / "clip")
-    assert load_vit(tmp_path / "clip").class_token  # The tower of a dual model alone.
+    assert load_vit(tmp_path / "clip").class_token  # The tower of a dual encoder alone.
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""transformers' dual models, both towers -> `CLIP`, and back.
+"""transformers' dual encoders, both towers -> `CLIP`, and back.
 
 CLIP (arXiv:2103.00020) projects both sides without biases, SigLIP (arXiv:2303.15343) the text alone, with one. SigLIP 2
 of one size is a SigLIP with another vocabulary; its NaFlex reads pictures of native size (arXiv:2502.14786). MetaCLIP 2
@@ -36,14 +36,14 @@ _CLASSES = {
     "altclip": ("AltCLIP", "AltCLIPModel"),
     "vision-text-dual-encoder": ("VisionTextDualEncoder", "VisionTextDualEncoderModel"),
 }
-DUAL_TYPES = tuple(_CLASSES)
-"""`model_type` of the dual models that are known."""
+DUAL_ENCODER_TYPES = tuple(_CLASSES)
+"""`model_type` of the dual encoders that are known."""
 
-_TOWERS = tuple(f"{kind}_{tower}_model" for kind in DUAL_TYPES for tower in ("vision", "text"))
+_TOWERS = tuple(f"{kind}_{tower}_model" for kind in DUAL_ENCODER_TYPES for tower in ("vision", "text"))
 
 
-def dual_type(config: Mapping[str, Any], context: str) -> str:
-    """Which of `DUAL_TYPES` a config.json of transformers is of.
+def dual_encoder_type(config: Mapping[str, Any], context: str) -> str:
+    """Which of `DUAL_ENCODER_TYPES` a config.json of transformers is of.
 
     Raises:
         ValueError: if it is another model: a tower alone, a text model, a captioner.
@@ -51,17 +51,16 @@ def dual_type(config: Mapping[str, Any], context: str) -> str:
     kind = config.get("model_type")
     if kind in _TOWERS:
         raise ValueError(f'{context} is one tower alone ("{kind}"), which compares nothing: give the model with both')
-    if kind not in DUAL_TYPES:
-        raise ValueError(
-            f"{context}: model_type is {kind!r:.40}, no dual model that is known here: {', '.join(DUAL_TYPES)} are"
-        )
+    if kind not in DUAL_ENCODER_TYPES:
+        known = ", ".join(DUAL_ENCODER_TYPES)
+        raise ValueError(f"{context}: model_type is {kind!r:.40}, no dual encoder that is known here: {known} are")
     return kind
 
 
 def clip_from_transformers(
     config: Mapping[str, Any], state: Mapping[str, Tensor], context: str, *, ids: Mapping[str, int] | None = None
 ) -> CLIP:
-    """A `CLIP` with the weights of transformers' dual model; vectors are equal to 1e-5 in float32.
+    """A `CLIP` with the weights of transformers' dual encoder; vectors are equal to 1e-5 in float32.
 
     Args:
         config: its configuration, as in `config.json`.
@@ -73,7 +72,7 @@ def clip_from_transformers(
     Raises:
         ValueError: for another family, a tower alone, and tensors that do not fit.
     """
-    kind = dual_type(config, context)
+    kind = dual_encoder_type(config, context)
     siglip = kind in ("siglip", "siglip2")
     vision = _vision(kind, config, state, context)
     own = part(state, "text_model.")
@@ -107,7 +106,7 @@ def _heads(siglip: bool) -> dict[str, str]:
 
 
 def clip_to_transformers(model: CLIP, ids: Mapping[str, int] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of transformers' dual model of this shape, one of `DUAL_TYPES`.
+    """Configuration and tensors of transformers' dual encoder of this shape, one of `DUAL_ENCODER_TYPES`.
 
     Args:
         model: the model.
@@ -173,7 +172,7 @@ def load_clip(source: str | Path) -> CLIP:
         if not isinstance(model, CLIP):
             raise other_kind(folder, type(model), CLIP.__name__)
         return model
-    dual_type(config, str(folder / CONFIG))
+    dual_encoder_type(config, str(folder / CONFIG))
     state = read_tensors(folder)
     with built_from(state, str(folder)):
         return clip_from_transformers(config, state, str(folder), ids=_ids(folder))
@@ -191,7 +190,7 @@ def _ids(folder: Path) -> dict[str, int]:
 
 
 def save_clip(model: nn.Module, folder: str | Path, *, ids: Mapping[str, int] | None = None) -> None:
-    """Writes a folder that transformers reads as one of its dual models; of a `ViT`, a tower alone.
+    """Writes a folder that transformers reads as one of its dual encoders; of a `ViT`, a tower alone.
 
     Args:
         model: the model.

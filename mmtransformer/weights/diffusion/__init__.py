@@ -1,0 +1,1 @@
+"""Diffusion models of other projects, in both directions."""
