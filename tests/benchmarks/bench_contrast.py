@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mmtransformer import CLIP, CaptionBatch, TextTower, ViT, ViTOutputConfig, ViTPatchConfig
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig
-from mmtransformer.weights import clip_to_open_clip, save_clip
+from mmtransformer.weights import save_clip
+from mmtransformer.weights.dual_encoders.open_clip import clip_to_open_clip
 
 BATCH, PLACES, VOCAB = 64, 77, 49408
 

@@ -23,7 +23,7 @@ from mmtransformer import (
     generate,
 )
 from mmtransformer.layers.record import record_attention
-from mmtransformer.weights import to_openflamingo
+from mmtransformer.weights.captioners.openflamingo import to_openflamingo
 
 VOCAB = 53
 

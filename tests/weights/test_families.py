@@ -1,6 +1,7 @@
 """The table of public families: each writes what it reads, and its folder names it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ from mmtransformer import (
     ViTPatchConfig,
     ViTPosEmbedConfig,
     ViTRopeConfig,
+    weights,
 )
 from mmtransformer.captioners.flamingo import GatedBlockConfig
-from mmtransformer.weights import FAMILIES, families_for, family_of, load_bert, save_bert
+from mmtransformer.weights import FAMILIES, load_bert, save_bert
+from mmtransformer.weights.families import families_for, family_of
 from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 
@@ -184,6 +187,11 @@ def test_a_family_reads_what_it_writes(name: str, tmp_path: Path) -> None:
             continue  # Changes nothing, and has no name there.
         torch.testing.assert_close(own[path], tensor, atol=1e-6, rtol=1e-6, msg=path)
     again.save_pretrained(tmp_path / "ours")  # type: ignore[operator]  # What was loaded can be saved.
+
+
+def test_every_public_name_stands_on_a_page() -> None:
+    pages = "".join(path.read_text("utf-8") for path in (Path(__file__).parents[2] / "docs").glob("*.md"))
+    assert not [name for name in weights.__all__ if not re.search(rf"\b{name}\b", pages)]
 
 
 def test_what_no_family_is() -> None:

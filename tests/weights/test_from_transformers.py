@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from mmtransformer import CLIP, Captioner, ViT
-from mmtransformer.weights import FAMILIES, family_of, from_transformers, load_clip, load_vit
+from mmtransformer.weights import FAMILIES, from_transformers, load_clip, load_vit
+from mmtransformer.weights.families import family_of
 from support import dual, hub
 from support.public import noisy
 

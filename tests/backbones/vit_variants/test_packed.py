@@ -108,7 +108,7 @@ def test_naflex_of_transformers_with_its_padding() -> None:
     """What SigLIP 2 computes of pictures that it pads, here without padding."""
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-    from mmtransformer.weights import vision_from_siglip2
+    from mmtransformer.weights.vision.siglip2 import vision_from_siglip2
 
     torch.manual_seed(1)
     config = Siglip2VisionConfig(

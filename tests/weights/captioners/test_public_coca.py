@@ -15,8 +15,8 @@ from mmtransformer.serialization.printable import printable
 from mmtransformer.text.clip_tokenizer import VOCABULARY, clip_backend, read_clip_vocabulary
 from mmtransformer.text.token_bytes import byte_letters
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights import save_open_coca, to_open_coca
-from mmtransformer.weights.captioners.open_coca import WEIGHTS
+from mmtransformer.weights import save_open_coca
+from mmtransformer.weights.captioners.open_coca import WEIGHTS, to_open_coca
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
 from support.dual import clip_vocabulary

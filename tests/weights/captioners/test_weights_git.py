@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
 from mmtransformer import CaptionBatch, Git, NormConfig, TextDecoder, ViT, generate
-from mmtransformer.weights import load_git, save_git, to_git
-from mmtransformer.weights.captioners.git import git_from_state
+from mmtransformer.weights import load_git, save_git
+from mmtransformer.weights.captioners.git import git_from_state, to_git
 from support.public import close, first_logits, ids, load, pictures, until_end, word_pieces
 
 VOCAB, END = 53, 7

@@ -18,8 +18,8 @@ from mmtransformer import (
     ViTPatchConfig,
     generate,
 )
-from mmtransformer.weights import load_open_coca, save_open_coca, to_open_coca
-from mmtransformer.weights.captioners.open_coca import open_coca_from_state
+from mmtransformer.weights import load_open_coca, save_open_coca
+from mmtransformer.weights.captioners.open_coca import open_coca_from_state, to_open_coca
 from support.open_coca import reference
 from support.public import close, noisy
 

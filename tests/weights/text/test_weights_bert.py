@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer import TextDecoder
-from mmtransformer.weights import encoder_to_bert, from_transformers, load_bert
+from mmtransformer.weights import from_transformers, load_bert
+from mmtransformer.weights.text.bert import encoder_to_bert
 
 
 def bert(kind: str = "BertForPreTraining", **options: Any) -> Any:

@@ -23,8 +23,9 @@ from mmtransformer import (
     Tokenizer,
 )
 from mmtransformer.backbones.hf.decoder import HFDecoder
-from mmtransformer.weights import from_transformers, lm_to_transformers, load_lm, save_lm
+from mmtransformer.weights import from_transformers, load_lm, save_lm
 from mmtransformer.weights.text.llama import rope_of
+from mmtransformer.weights.text.lm import lm_to_transformers
 
 VOCAB, LENGTH = 53, 23
 LLAMA: dict[str, Any] = {

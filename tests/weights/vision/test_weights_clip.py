@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from mmtransformer import ViT, ViTBlockConfig, ViTOutputConfig, ViTPatchConfig
-from mmtransformer.weights import load_vit, save_clip, vision_from_clip
+from mmtransformer.weights import load_vit, save_clip
+from mmtransformer.weights.vision.clip import vision_from_clip
 
 SMALL = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 21,
          "patch_size": 7}  # fmt: skip

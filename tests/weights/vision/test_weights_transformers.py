@@ -13,15 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer import ViT, ViTBlockConfig, ViTOutputConfig, ViTPatchConfig, ViTPosEmbedConfig, ViTRopeConfig
-from mmtransformer.weights import (
-    load_vit,
-    save_dino,
-    save_siglip2,
-    save_vit,
-    vision_from_dino,
-    vision_from_siglip2,
-    vision_from_vit,
-)
+from mmtransformer.weights import load_vit, save_dino, save_siglip2, save_vit
+from mmtransformer.weights.vision.dino import vision_from_dino
+from mmtransformer.weights.vision.siglip2 import vision_from_siglip2
+from mmtransformer.weights.vision.vit import vision_from_vit
 
 SMALL: dict[str, Any] = {
     "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 28, "patch_size": 7,

@@ -27,17 +27,9 @@ from mmtransformer import (
     ViTBlockConfig,
     ViTPatchConfig,
 )
-from mmtransformer.weights import (
-    ViTSettings,
-    decoder_to_gpt2,
-    from_timm,
-    from_transformers,
-    load_vit,
-    save_timm,
-    to_timm,
-    vit_from_state,
-)
-from mmtransformer.weights.vision.timm import timm_config
+from mmtransformer.weights import ViTSettings, from_timm, from_transformers, load_vit, save_timm, to_timm
+from mmtransformer.weights.text.gpt2 import decoder_to_gpt2
+from mmtransformer.weights.vision.timm import timm_config, vit_from_state
 
 BASE: dict[str, Any] = {
     "img_size": 24, "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5, "num_classes": 0,
