@@ -14,6 +14,7 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from mmtransformer.data.files.text import guess_encoding, utf_16
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.printable import json_text
@@ -127,6 +128,7 @@ class Lines(ResultFile[T]):
         self._overwrite, self._table = overwrite, path.suffix.lower() == ".csv"
         self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
         given = {images.name(i) for i in range(len(images))} if overwrite else set[str]()
+        self._header = ["image", *form.columns]  # of the table that is there, which people may have changed
         self._seen = self._state()  # before it is read: what comes in between is looked at again
         header, rows, cut = self._read(path.read_bytes() if path.exists() else b"")
         self.cut = cut or ""
@@ -161,7 +163,9 @@ class Lines(ResultFile[T]):
         """Adds the lines of picture i."""
         name = self._images.name(i)
         if self._table:
-            self._add(name, "".join(self._line([name, *row]) for row in self._form.to_rows(said)))
+            rows = (dict(zip(self._form.columns, row, strict=True)) for row in self._form.to_rows(said))
+            cells = ([({"image": name} | row).get(column, "") for column in self._header] for row in rows)
+            self._add(name, "".join(map(self._line, cells)))
         else:
             self._add(name, self._line(self._form.json_line(name, said)))
 
@@ -200,7 +204,7 @@ class Lines(ResultFile[T]):
         with self._path.open("rb") as lines:
             lines.seek(0 if whole else size)
             data = lines.read()
-        header = self._read(b"")[0].encode()
+        header = self._line(self._header).encode() if self._table else b""
         begun, rows, _ = self._read(data if whole else header + data)
         told = [(name, kind, self._line(row)) for name, kind, row in rows]
         told = [each for each in told if each[2] not in self._earlier.get(each[0], "")]
@@ -236,8 +240,9 @@ class Lines(ResultFile[T]):
                     raise ValueError(f"its first columns are {', '.join(header[:2])}, not {', '.join(own[:2])}")
                 rows = [row for row in rows if row]
                 cut = cut if text else None  # of a header that was cut off nothing is lost
+                self._header = header
                 last = next(csv.reader([cut or ""]), [])
-                if len(last) == len(header) and _LAST_CELL.fullmatch(last[-1]):
+                if len(last) == len(header) and (header[-1] not in own or _LAST_CELL.fullmatch(last[-1])):
                     rows, cut = [*rows, last], ""
                 elif last:  # of a picture with several rows all go
                     names = {row[0] for row in rows if row[0].startswith(last[0])} if len(last) == 1 else {last[0]}
@@ -251,10 +256,16 @@ class Lines(ResultFile[T]):
             lines = [(json.loads(line), line) for line in text.split("\n") if line.strip()]
             told = [(said["image"], _kind(said[key], self._form.kind), line) for said, line in lines]
             return "", told, cut
+        except UnicodeDecodeError as error:
+            guess = "UTF-16" if utf_16(data) else guess_encoding(data)[0]
+            raise ValueError(
+                f"{self.where} is there, and is not UTF-8 (it may be {guess}): save it as UTF-8 to go on with it, or "
+                f"name another file"
+            ) from error
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             reason = f"a line has no image or no {key}" if isinstance(error, KeyError | TypeError) else error
             raise ValueError(
-                f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file, or delete it"
+                f"{self.where} is there, and holds no {key} to go on with ({reason}); name another file"
             ) from error
 
 

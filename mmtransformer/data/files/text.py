@@ -83,15 +83,19 @@ def utf_16(data: bytes) -> str | None:
     return {b"\0\1\0\1": "utf-16-le", b"\1\0\1\0": "utf-16-be"}.get(zeros)
 
 
-def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
-    """What is wrong with a line, and the encoding that most of its letters would make sense in."""
-    guess, name = "Latin-1", "latin-1"
+def guess_encoding(data: bytes) -> tuple[str, str]:
+    """The encoding that most letters of what is not UTF-8 would make sense in: what it is called, and its name."""
     for title, codec, letters, share in _GUESSES:
-        text = line.decode(codec, "replace")
+        text = data.decode(codec, "replace")
         foreign = [char for char in text if not char.isascii()]
         if len(foreign) > 1 and len(re.findall(letters, text)) > share * len(foreign):
-            guess, name = title, codec
-            break
+            return title, codec
+    return "Latin-1", "latin-1"
+
+
+def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
+    """What is wrong with a line, and the encoding that it may be in."""
+    guess, name = guess_encoding(line)
     return (
         f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8, or "
         f"say --encoding {name} (in `mmt fit`: --data.read.encoding {name}; in Python: "
