@@ -1,5 +1,6 @@
 """The architecture: files import only from packages before theirs, and files stay short, portable and lazy."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -135,6 +136,18 @@ def test_contributing_tells_the_import_order() -> None:
     told = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     tops = [name for name in IMPORT_ORDER if "/" not in name]
     assert told == tops
+
+
+def test_constructors_read_their_arguments() -> None:
+    found = []
+    for path in modules():
+        for kind in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)):
+            for made in kind.body:
+                if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                    read = {node.id for line in made.body for node in ast.walk(line) if isinstance(node, ast.Name)}
+                    told = [argument.arg for argument in (*made.args.args[1:], *made.args.kwonlyargs)]
+                    found += [f"{path.relative_to(ROOT)}: {kind.name}: {name}" for name in told if name not in read]
+    assert not found, found
 
 
 def test_folders_stay_small() -> None:

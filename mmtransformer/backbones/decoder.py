@@ -145,7 +145,6 @@ class TextDecoder(Pretrained, Decoder):
         self.drop = make_dropout(dropout)
         self.blocks = nn.ModuleList(
             DecoderBlock(
-                dim,
                 Attention(
                     dim,
                     num_heads,

@@ -106,7 +106,6 @@ class TextEncoder(Pretrained, nn.Module):
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             DecoderBlock(
-                dim,
                 Attention(dim, num_heads, dropout=dropout),
                 MLP(dim, mlp_dim, activation=activation),
                 norm,

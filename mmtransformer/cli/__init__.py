@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "export": ("model_commands", "Write a captioner as transformers reads it."),
     "parity": ("model_commands", "Set a public captioner beside transformers: pixels, prompts, logits and ids."),
+    "rehash": ("model_commands", "Take a model's weights as another tool has rewritten them."),
     "ablate": ("ablate", "Train several captioners on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),
     "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),

@@ -19,21 +19,10 @@ def run(name: str, words: Sequence[str]) -> int:
     add("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
     add("--max-bad-fraction", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)")
     add("--out", metavar="OUT.json", help="write what was found to this file")
-    add(
-        "--rehash",
-        action="store_true",
-        help="ROOT is a model whose weights another tool has rewritten: take them as they are",
-    )
     add_read_options(parser)
     args = parser.parse_args(list(words))
     if args.out:
         check_place(args.out, "--out")
-
-    if args.rehash:
-        from mmtransformer.serialization.pretrained import rehash
-
-        say(f"{args.root}: the check sum of its weights is now {rehash(args.root)}")
-        return 0
 
     import sys
 

@@ -1,4 +1,4 @@
-"""`mmt classify`, `mmt translate`, `mmt export` and `mmt parity`: what else is done with saved models."""
+"""`mmt classify`, `translate`, `export`, `parity` and `rehash`: what else is done with saved models."""
 
 import argparse
 import sys
@@ -30,8 +30,8 @@ ABOUT_IMAGES = ("guidance_scale", "force_words", "add_image_tokens")
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Runs one of the four."""
-    commands = {"classify": _classify, "translate": _translate, "export": _export, "parity": _parity}
+    """Runs one of the five."""
+    commands = {"classify": _classify, "translate": _translate, "export": _export, "parity": _parity, "rehash": _rehash}
     return commands[name](name, words)
 
 
@@ -177,6 +177,17 @@ def _model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if len(given) > 1:
         parser.error("the model is there twice, as the first word and behind --model: leave one out")
     return given[0]
+
+
+def _rehash(name: str, words: Sequence[str]) -> int:
+    parser = command_parser(name)
+    _add_model(parser, "the model's folder: the check sum in its config.json becomes that of its weights")
+    model = _model(parser, parser.parse_args(list(words)))
+
+    from mmtransformer.serialization.pretrained import rehash
+
+    say(f"{model}: the check sum of its weights is now {rehash(model)}")
+    return 0
 
 
 def _parity(name: str, words: Sequence[str]) -> int:

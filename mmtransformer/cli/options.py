@@ -1,4 +1,4 @@
-"""Options that commands share: the model and where it computes, the search, how pairs are read."""
+"""Options that commands share: the model and where it computes, generation, how pairs are read."""
 
 import argparse
 import dataclasses
@@ -124,7 +124,7 @@ def add_generation_options(parser: argparse.ArgumentParser, *, without: Collecti
         parser: The command's parser.
         without: Settings that say nothing to it.
     """
-    group = parser.add_argument_group("search", "settings of the search, in place of the model's own")
+    group = parser.add_argument_group("generation", "how texts are searched for, in place of the model's own settings")
     _add_fields(group, GenerationConfig, without)
 
 

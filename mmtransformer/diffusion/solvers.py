@@ -47,7 +47,7 @@ def integrate(
     """
     if solver not in get_args(Solver):
         raise ValueError(f'unknown solver "{solver}": known are {", ".join(get_args(Solver))}')
-    step = {"euler": _euler, "heun": _heun, "dpm": _Dpm(diffusion)}[solver]
+    step = {"euler": _euler, "heun": _heun, "dpm": _Dpm()}[solver]
     x = noise
     for now, then in pairwise(times):
         x, image = step(predict, x, diffusion, now, then)
@@ -84,7 +84,7 @@ def _heun(predict: Predict, x: Tensor, diffusion: DiffusionConfig, now: float, t
 class _Dpm:
     """DPM-Solver++(2M): a line through the last two clean images, in half the logarithm of signal over noise."""
 
-    def __init__(self, diffusion: DiffusionConfig) -> None:
+    def __init__(self) -> None:
         self.last: tuple[float, Tensor] | None = None  # the step before: its length, its image
 
     def __call__(

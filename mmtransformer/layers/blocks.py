@@ -233,10 +233,9 @@ class DecoderBlock(nn.Module):
     """Masked self-attention, cross-attention to a context where there is one, then an MLP, each with a residual.
 
     Args:
-        dim: width of a token.
         attn: the masked self-attention.
         mlp: the MLP.
-        norm: builds a norm of width dim.
+        norm: builds a norm of a token's width.
         cross_attn: attention to the context; None = a block of a language model.
         norm_first: norm before each branch; False = after each sum.
         post_norm: with `norm_first`, whether what attention and MLP give is normed too (Gemma 2).
@@ -245,7 +244,6 @@ class DecoderBlock(nn.Module):
 
     def __init__(
         self,
-        dim: int,
         attn: Attention,
         mlp: nn.Module,
         norm: Callable[[], nn.Module],

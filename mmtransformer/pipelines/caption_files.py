@@ -62,10 +62,10 @@ CAPTIONS: LineFormat[Sequence[CaptionResult]] = LineFormat(
 )
 CLASSES: LineFormat[Sequence[tuple[str, float]]] = LineFormat(
     "classes",
-    ("class", "share"),
+    ("class", "score"),
     "class",
-    lambda said: [{"class": label, "share": share} for label, share in said],
-    lambda said: ((" ".join(label.split()), f"{share:.4f}") for label, share in said),
+    lambda said: [{"class": label, "score": score} for label, score in said],
+    lambda said: ((" ".join(label.split()), f"{score:.4f}") for label, score in said),
 )
 
 

@@ -62,7 +62,7 @@ def refuse_damaged(state: Mapping[str, Tensor], config: Mapping[str, Any], folde
     if KEY in config and (found := checksum(state)) != config[KEY]:
         raise ValueError(
             f"{weights}: damaged, or written anew by another tool: its check sum is {found}, and config.json says "
-            f"{config[KEY]!r:.20}. Fetch the folder anew; if the change was meant, run: mmt check --rehash {folder}"
+            f"{config[KEY]!r:.20}. Fetch the folder anew; if the change was meant, run: mmt rehash {folder}"
         )
 
 

@@ -63,11 +63,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_of_the_search_is_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_generation_is_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["caption", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "arXiv:1610.02424)" in text
+    assert " generation: how texts are searched for" in text
     assert text.count("(") == text.count(")")
 
 
@@ -334,7 +335,7 @@ def test_evaluate(
     assert sum(c["images"] for c in captions.values()) == len(rows)
     limited = [*words, "--precision", "bf16", "--limit", "1"]
     code, out, err = mmt(capsys, "evaluate", "--model", str(model), *limited)
-    assert (code, "of another model, other data or another search" in err) == (2, True)
+    assert (code, "of another model, of other data or settings of generation" in err) == (2, True)
     code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *limited, "--overwrite")
     assert code == 0
     assert "BLEU-4" in out

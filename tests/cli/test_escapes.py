@@ -90,6 +90,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         ("translate", "a", "--language", "ko", "--model", FILE),
         ("classify", FILE, "--model", FILE),
         ("export", FILE, "out"),
+        ("rehash", FILE),
         ("fit", "--config", FILE),
         ("plan", FILE),
         ("caption", "x", "--model", "m", "--no\x1b[2J"),

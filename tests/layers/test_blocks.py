@@ -150,7 +150,6 @@ def test_decoder_block_equals_torch(norm_first: bool) -> None:
     )
     norm = partial(make_norm, "layer", DIM, 1e-5)
     ours = DecoderBlock(
-        DIM,
         Attention(DIM, HEADS),
         MLP(DIM, HIDDEN, activation="relu"),
         norm,
@@ -194,7 +193,7 @@ def test_dropped_branches_leave_the_residual(options: dict[str, Any]) -> None:
 def test_dropped_branches_of_a_decoder_block_leave_the_residual() -> None:
     norm = partial(make_norm, "rms", DIM, 1e-5)
     attn, cross, mlp = Attention(DIM, HEADS), Attention(DIM, HEADS), MLP(DIM, HIDDEN)
-    block = DecoderBlock(DIM, attn, mlp, norm, cross_attn=cross, dropout=0.9999)
+    block = DecoderBlock(attn, mlp, norm, cross_attn=cross, dropout=0.9999)
     x, context = torch.randn(3, 5, DIM), torch.randn(3, 7, DIM)
     assert torch.equal(block(x, context), x)
     assert not torch.equal(block.eval()(x, context), x)

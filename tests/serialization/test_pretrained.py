@@ -644,9 +644,9 @@ def test_weights_of_another_tool_are_refused_until_they_are_taken(
     decoder().save_pretrained(tmp_path, metadata={"a": 1})
     state = {name: tensor.half().float() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"by another tool: .* run: mmt check --rehash {tmp_path}"):
+    with pytest.raises(ValueError, match=f"by another tool: .* run: mmt rehash {tmp_path}"):
         TextDecoder.from_pretrained(tmp_path)
-    assert main(["check", "--rehash", str(tmp_path)]) == 0
+    assert main(["rehash", str(tmp_path)]) == 0
     assert "check sum" in capsys.readouterr().out
     again = TextDecoder.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], state[name]) for name in state)

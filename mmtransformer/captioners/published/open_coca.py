@@ -108,7 +108,7 @@ class OpenCoCa(Captioner):
         norm = partial(nn.LayerNorm, dim, eps=norm_eps)
 
         def block() -> DecoderBlock:
-            return DecoderBlock(dim, Attention(dim, num_heads), MLP(dim, 4 * dim, activation=activation), norm)
+            return DecoderBlock(Attention(dim, num_heads), MLP(dim, 4 * dim, activation=activation), norm)
 
         self.queries = nn.Parameter(torch.randn(num_queries, dim) * dim**-0.5)
         self.norm_queries, self.norm_visual = norm(), nn.LayerNorm(vision.dim, eps=norm_eps)

@@ -24,7 +24,7 @@ class PredictionFile:
 
     Args:
         path: The file; None keeps nothing.
-        settings: What the captions depend on: model, data, search.
+        settings: What the captions depend on: model, data, generation.
         overwrite: Whether it starts anew, with the first predictions that are added: until then it is as it was.
             Otherwise what it holds stays, but for a last line that was cut off.
 
@@ -56,8 +56,8 @@ class PredictionFile:
                 ) from None
             if made != self.settings:
                 raise ValueError(
-                    f"{path} holds captions of another model, other data or another search; name another file, or "
-                    f"--overwrite it"
+                    f"{path} holds captions of another model, of other data or settings of generation; name another "
+                    f"file, or --overwrite it"
                 )
             self._found.setdefault(row["name"], []).append(row)
         if len(whole) < len(data):

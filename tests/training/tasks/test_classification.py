@@ -370,12 +370,12 @@ def test_classes_are_written_to_a_file_that_a_second_call_goes_on_with(
     whole = Path(out).read_text("utf-8")
     if out.endswith("csv"):
         rows = [*csv.DictReader(whole.removeprefix("\ufeff").splitlines())]
-        found = {name: [(r["class"], float(r["share"])) for r in rows if r["image"] == name] for name in names}
+        found = {name: [(r["class"], float(r["score"])) for r in rows if r["image"] == name] for name in names}
         want = [(label, pytest.approx(share, abs=1e-4)) for label, share in classifier(names[0], top_k=2)[0]]
         assert len(rows) == 10
     else:
         rows = [json.loads(line) for line in whole.splitlines()]
-        found = {r["image"]: [(c["class"], c["share"]) for c in r["classes"]] for r in rows}
+        found = {r["image"]: [(c["class"], c["score"]) for c in r["classes"]] for r in rows}
         want = [(label, pytest.approx(share)) for label, share in classifier(names[0], top_k=2)[0]]
         assert len(rows) == 5
     assert sorted(found) == names
