@@ -48,6 +48,8 @@ SPLIT_LIKE = (
     "구분", "데이터구분", "데이터_구분", "데이터셋", "데이터세트", "세트", "용도",
 )  # fmt: skip
 """Where none is called so: a column all of whose first cells name splits, called like this, or with several."""
+_SPLIT_ALONE = ("fold", "phase")
+"""Those of them that are called so for nothing else."""
 TURNS = (("prefix", "suffix"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))
 """What is asked and what is answered, in tables that have nothing else to say of a picture."""
 FOLDER = ("folder", "folder_name", "foldername", "subfolder", "폴더", "폴더명", "폴더이름", "폴더_이름")
@@ -56,7 +58,7 @@ FOLDER = ("folder", "folder_name", "foldername", "subfolder", "폴더", "폴더�
 class Columns(NamedTuple):
     """Which columns of a manifest hold what: a caption column comes with the language that its name says.
 
-    `image` is "" in a table of texts alone.
+    `image` is "" in a table of texts alone; `other_split` is a column that is called like one of splits, and is none.
     """
 
     image: str
@@ -65,13 +67,15 @@ class Columns(NamedTuple):
     split: str | None = None
     question: str | None = None
     folder: str | None = None
+    other_split: str | None = None
 
     def __str__(self) -> str:
         said = [f"image={self.image}"] * bool(self.image) + ["caption=" + "+".join(name for name, _ in self.captions)]
         said += [f"folder={self.folder}"] * bool(self.folder)
         said += [f"question={self.question}"] * bool(self.question)
         said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(self.split)
-        return "columns " + " ".join(said)
+        other = f" ({self.other_split} is not taken for splits, as it has other words: --split-column takes it)"
+        return "columns " + " ".join(said) + other * bool(self.other_split)
 
 
 def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequence[Mapping[str, Any]] = ()) -> Columns:
@@ -126,8 +130,11 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
             "Name it: --data.read.text_column ..."
         )
     assert image is not None
-    language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT) or _split_like(names, some)
-    return Columns(image, captions, language, split, question, first(FOLDER) if wanted.image is None else None)
+    language, split, other = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT), None
+    if split is None:
+        split, other = _split_like(names, some)
+    folder = first(FOLDER) if wanted.image is None else None
+    return Columns(image, captions, language, split, question, folder, other)
 
 
 def _by_cells(names: Sequence[str], some: Sequence[Mapping[str, Any]], named: str | None) -> str | None:
@@ -141,13 +148,22 @@ def _by_cells(names: Sequence[str], some: Sequence[Mapping[str, Any]], named: st
     return best[0] if len(best) == 1 else named
 
 
-def _split_like(names: Sequence[str], some: Sequence[Mapping[str, Any]]) -> str | None:
-    """The column that says splits, by its cells; see `SPLIT_LIKE`."""
+def may_say_splits(name: str) -> bool:
+    """Whether a column is called like one of splits."""
+    return (key := key_of(name)) in (*SPLIT, *SPLIT_LIKE) or "split" in key
+
+
+def _split_like(names: Sequence[str], some: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | None]:
+    """The column that says splits, by its cells (see `SPLIT_LIKE`); where there is none, one that may be meant to."""
+    other = None
     for name in names:
         found = {SPLITS.get(str(cell).strip().casefold()) for row in some if (cell := row.get(name)) not in (None, "")}
-        if found and None not in found and (len(found) > 1 or key_of(name) in SPLIT_LIKE):
-            return name
-    return None
+        if found and None not in found and (len(found) > 1 or may_say_splits(name)):
+            return name, None
+        alone = "split" in key_of(name) or key_of(name) in _SPLIT_ALONE
+        if found and may_say_splits(name) and (alone or found != {None}):
+            other = other or name
+    return None, other
 
 
 def _called_like(names: Sequence[str]) -> tuple[tuple[str, str | None], ...]:

@@ -66,7 +66,8 @@ def make_row(
             errors.append(("several pictures", f"{len(image)} in {columns.image}"))
         image = image[0] if len(image) == 1 else None
     if isinstance(image, Mapping):  # an object that describes it
-        image = next((image[key] for key in image_columns([*image]) if isinstance(image[key], str)), image)
+        keys = (*image_columns([*image]), "bytes")  # whose text can only be base64, which the finder names
+        image = next((image[key] for key in keys if isinstance(image.get(key), str)), image)
     if not columns.image or errors:
         image = None
     elif not isinstance(image, str) or is_missing(image.strip()):
@@ -100,6 +101,7 @@ def make_row(
 
 
 def _split(value: Any) -> str | None:
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     word = normalize_text(value).casefold() if isinstance(value, str) else ""
     return None if is_missing(word) else split_word(word) or word
 

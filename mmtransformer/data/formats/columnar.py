@@ -1,12 +1,12 @@
 """Rows of Parquet and Arrow: captions or conversations, and pictures as bytes or paths (extra: parquet)."""
 
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 from mmtransformer.data.files.archives import Files
-from mmtransformer.data.files.columns import Columns, find_columns, image_columns
+from mmtransformer.data.files.columns import Columns, find_columns, image_columns, may_say_splits
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, make_row
@@ -21,6 +21,8 @@ from mmtransformer.data.formats.parquet import (
     require_pyarrow,
     with_words,
 )
+
+_SOME = 20  # rows that tell whether a column says splits
 
 
 def holds_images(path: Path) -> bool:
@@ -54,7 +56,11 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
         raise ValueError(f"{entry.path} holds interleaved documents, which are read as JSON lines: save it as .jsonl")
     turns = _turns(schema) if wanted.captions is None and wanted.images else ""
     if not turns:
-        columns = find_columns(schema.names, wanted, entry.path)
+        words = [
+            name for name in schema.names if may_say_splits(name) and not pa.types.is_nested(schema.field(name).type)
+        ]
+        some = [cells for _, cells, _ in islice(_Rows(path, entry, table, words, ""), _SOME)] if words else []
+        columns = find_columns(schema.names, wanted, entry.path, some)
         image = columns.image
         texts = [name for name, _ in columns.captions]
         texts += [name for name in (columns.language, columns.split, columns.question) if name]

@@ -25,15 +25,15 @@ def allowed(total: int, fraction: float) -> int:
     return max(1, int(total * fraction)) if fraction > 0 else 0
 
 
-def _more(bad: int, total: int) -> str:
-    """Which key allows so many, and what it would have to be."""
+def _more(bad: int, total: int, beyond: str = "") -> str:
+    """Which key allows so many, and what it would have to be; and what is to be said of more of them."""
     if bad >= total:
         return "without them nothing is left"
     percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
     share = f"{percent / 100:g}"
     return (
         f"`--data.loader.max_bad_fraction {share}` in `mmt fit`, `--max-bad-fraction {share}` in `mmt evaluate`, "
-        f"max_bad_fraction={share} in Python allow as many"
+        f"max_bad_fraction={share} in Python allow as many{beyond}"
     )
 
 
@@ -166,7 +166,7 @@ class BadImages:
                 f"{self.max_fraction:.1%} allowed by max_bad_fraction). {self.path} names these; `mmt check` reads "
                 f"all pictures and counts the others too. The first:\n"
                 f"{first}\n"
-                f"Repair or remove them; {_more(len(found), self.total)}"
+                f"Repair or remove them; {_more(len(found), self.total, '; others that come need more')}"
             )
 
     def names(self) -> Mapping[str, str]:

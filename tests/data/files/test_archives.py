@@ -46,6 +46,7 @@ HOSTILE = {
     "http://example.org/a.png": "a URL",
     "file:///etc/passwd": "a URL",
     "data:image/png;base64,AAAA": "a picture itself, in base64",
+    "/9j/" + "A" * 300: "a picture itself, in base64",
     "p00.png\0.jpg": "a NUL byte",
     "out.png": "a link that leads out of the root",
     "outside/secret.png": "a link that leads out of the root",
@@ -55,6 +56,11 @@ HOSTILE = {
     "null": "no picture named",
     ".": "'.'",
 }
+
+
+def test_base64_in_an_object_is_told_as_base64(tmp_path: Path) -> None:
+    source = with_one_bad(tmp_path, {"bytes": "/9j/" + "A" * 300, "path": None})  # as `datasets` describes a picture
+    assert "is a picture itself, in base64: write it into a file" in source.report.first["refused path"][0]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

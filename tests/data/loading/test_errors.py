@@ -71,6 +71,7 @@ def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -
         bad.record("x.png", OSError("gone"))
     assert str(path) in str(e.value)
     assert "그림0.png: ValueError: cut at 0" in str(e.value)
+    assert str(e.value).endswith("max_bad_fraction=0.02 in Python allow as many; others that come need more")
     again = BadImages(path, total=301)  # a resumed run knows them
     assert list(again.names()) == ["그림0.png", "그림1.png", "그림2.png", "x.png"]
     again.reset()
