@@ -194,7 +194,7 @@ TOWERS: dict[str, Callable[[], ViT]] = {
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("kind", [kind for kind in BUILD if kind != "git"])
+@pytest.mark.parametrize("kind", BUILD)
 def test_maps_are_of_patches_whatever_else_a_tower_gives(
     kind: str, tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

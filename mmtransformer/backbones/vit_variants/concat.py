@@ -62,7 +62,7 @@ class ConcatViT(ViT):
             )
         self.depth, self.num_heads = first.depth, first.num_heads
         self.class_token, self.num_registers, self.num_prefix_tokens, self.num_classes = False, 0, 0, 0
-        self.patches, self.pool, self.grad_checkpointing = first.patches, "mean", False
+        self.patches, self.block, self.pool, self.grad_checkpointing = first.patches, first.block, "mean", False
         self.norm, self.pool_norm, self.head, self.attn_pool = nn.Identity(), nn.Identity(), nn.Identity(), None
         self.transform: ImageTransform | None = first.transform
         for tower, chosen in self.towers():  # What nobody reads gets no gradient.
