@@ -43,11 +43,11 @@ class Captioner(Pretrained, nn.Module, ABC):
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         freeze_vision: whether it is taken out of training (its features can then be cached): in place, so also in other
             models that share it.
-        train_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `forward_features` then
-            gives, and a cache keeps, the tokens before it.
+        train_vision_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `forward_features`
+            then gives, and a cache keeps, the tokens before it.
 
     Raises:
-        ValueError: for `train_norm` without `freeze_vision`.
+        ValueError: for `train_vision_norm` without `freeze_vision`.
     """
 
     decoder: Any
@@ -55,16 +55,18 @@ class Captioner(Pretrained, nn.Module, ABC):
     unsupported_fields: tuple[str, ...] = (*DOCUMENT_FIELDS, "image_sizes", "patch_grids", *INSTRUCTION)
     """Fields of a batch that this captioner does not support, and refuses."""
 
-    def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
+    def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_vision_norm: bool = False) -> None:
         super().__init__()
-        if train_norm and not freeze_vision:
-            raise ValueError("train_norm is for a frozen vision encoder: in one that learns, its norm learns anyway")
+        if train_vision_norm and not freeze_vision:
+            raise ValueError(
+                "train_vision_norm is for a frozen vision encoder: in one that learns, its norm learns anyway"
+            )
         if not hasattr(vision, "forward_features"):
             raise TypeError(f"vision must be a vision encoder, such as a ViT, not {type(vision).__name__}")
-        self.vision, self.freeze_vision, self.train_norm = vision, freeze_vision, train_norm
+        self.vision, self.freeze_vision, self.train_vision_norm = vision, freeze_vision, train_vision_norm
         if freeze_vision:
             freeze(vision)
-            vision.norm.requires_grad_(train_norm)
+            vision.norm.requires_grad_(train_vision_norm)
         for part in (vision.attn_pool, vision.head):
             if part is not None:
                 part.requires_grad_(False)
@@ -152,14 +154,14 @@ class Captioner(Pretrained, nn.Module, ABC):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             if patch_grids is not None:
-                return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_norm else None)
+                return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_vision_norm else None)
             pixels = pixels if pixels.ndim == 5 else with_images(pixels)
             features = self._features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return features.unflatten(0, pixels.shape[:2])
 
     def _features(self, pixels: Tensor) -> Tensor:
         """What `forward_features` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
-        if self.train_norm:
+        if self.train_vision_norm:
             return self.vision.tokens_after(pixels, [-1])[0]
         return self.vision.forward_features(pixels)
 
@@ -175,7 +177,7 @@ class Captioner(Pretrained, nn.Module, ABC):
             grids = batch.patch_grids
             visual = self.forward_features(visual) if grids is None else self.forward_features(visual, grids)
         norm = self.vision.norm
-        return norm(visual.to(next(norm.parameters()).dtype)) if self.train_norm else visual
+        return norm(visual.to(next(norm.parameters()).dtype)) if self.train_vision_norm else visual
 
     def visual_mask(self, batch: CaptionBatch, count: int) -> Tensor | None:
         """Which of the `count` visual tokens of each image are those of a real one: (b i count) bool; None = all."""

@@ -55,7 +55,7 @@ class Blip2(Captioner):
             caption.
         instruct: whether the prompt goes into the Q-Former too (InstructBLIP, arXiv:2305.06500, section 2.3).
         freeze_vision: see `Captioner`.
-        train_norm: see `Captioner`.
+        train_vision_norm: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
 
     Raises:
@@ -72,10 +72,10 @@ class Blip2(Captioner):
         *,
         instruct: bool = False,
         freeze_vision: bool = True,
-        train_norm: bool = False,
+        train_vision_norm: bool = False,
         freeze_decoder: bool = True,
     ) -> None:
-        super().__init__(vision, freeze_vision=freeze_vision, train_norm=train_norm)
+        super().__init__(vision, freeze_vision=freeze_vision, train_vision_norm=train_vision_norm)
         if not isinstance(qformer, QFormer):
             raise ValueError(f"qformer must be a QFormer, not a {type(qformer).__name__}")
         if qformer.visual_dim != vision.dim:
@@ -94,7 +94,7 @@ class Blip2(Captioner):
             )
         self.qformer, self.instruct, self.freeze_decoder = qformer, instruct, freeze_decoder
         self.decoder = freeze(decoder) if freeze_decoder else decoder
-        if train_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
+        if train_vision_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
             vision.norm.to(qformer.query_tokens.dtype)
         if instruct:
             self.unsupported_fields = tuple(name for name in self.unsupported_fields if name not in INSTRUCTION)
@@ -204,7 +204,7 @@ def blip2_from_stage1(
         qformer.without_text(),
         decoder,
         freeze_vision=freeze_vision,
-        train_norm=freeze_vision and bool(getattr(stage1, "train_norm", False)),
+        train_vision_norm=freeze_vision and bool(getattr(stage1, "train_vision_norm", False)),
         freeze_decoder=freeze_decoder,
     )
     return model.train()

@@ -43,7 +43,7 @@ class Blip2QFormer(Captioner):
         cls_token_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
             [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
         freeze_vision: see `Captioner`.
-        train_norm: see `Captioner`.
+        train_vision_norm: see `Captioner`.
         init_temperature: the learned temperature of the contrastive loss at the start.
 
     Raises:
@@ -58,10 +58,10 @@ class Blip2QFormer(Captioner):
         embed_dim: int = 256,
         cls_token_id: int | None = None,
         freeze_vision: bool = False,
-        train_norm: bool = False,
+        train_vision_norm: bool = False,
         init_temperature: float = 0.07,
     ) -> None:
-        super().__init__(vision, freeze_vision=freeze_vision, train_norm=train_norm)
+        super().__init__(vision, freeze_vision=freeze_vision, train_vision_norm=train_vision_norm)
         if qformer.vocab_size is None or qformer.tok_embed is None:
             raise ValueError("stage 1 needs a Q-Former with a text stream: build it with vocab_size")
         if qformer.visual_dim != vision.dim:
@@ -87,7 +87,7 @@ class Blip2QFormer(Captioner):
         for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
             nn.init.normal_(layer.weight, std=dim**-0.5)  # As `QFormer.init_weights`.
             nn.init.zeros_(layer.bias)
-        if train_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
+        if train_vision_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
             vision.norm.to(qformer.query_tokens.dtype)
 
     # ------------------------------------------------------------------------------------------ the three heads

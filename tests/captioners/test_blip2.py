@@ -112,7 +112,7 @@ def test_what_learns() -> None:
     assert learning(blip2()) == {"qformer", "proj"}
     assert learning(blip2(freeze_decoder=False)) == {"qformer", "proj", "decoder"}
     assert learning(blip2(freeze_vision=False)) == {"qformer", "proj", "vision"}
-    normed = blip2(train_norm=True).train()
+    normed = blip2(train_vision_norm=True).train()
     learnt = {name for name, p in normed.named_parameters() if p.requires_grad and name.startswith("vision")}
     assert learnt == {"vision.norm.weight", "vision.norm.bias"}
     modes = [m.training for m in (normed.vision, normed.qformer, normed.decoder)]
@@ -125,7 +125,7 @@ def test_what_learns() -> None:
 
 def test_a_norm_that_learns_gives_what_one_at_rest_gives() -> None:
     given = batch(i=2)
-    resting, learning = blip2(), blip2(train_norm=True)
+    resting, learning = blip2(), blip2(train_vision_norm=True)
     torch.testing.assert_close(learning.logits(given), resting.logits(given), atol=1e-5, rtol=1e-5)
     tokens = learning.forward_features(pixels(given))
     assert not torch.allclose(tokens, resting.forward_features(pixels(given)))
@@ -386,7 +386,7 @@ def test_published_sizes() -> None:
     with torch.device("meta"):
         vision = ViT(224, 14, 1408, 39, 16, mlp_dim=6144)
         opt = TextDecoder(50_272, 2560, 32, 32, max_len=2048, mlp=MLPConfig("relu"))
-        model = Blip2(vision, QFormer(), opt, train_norm=True)
+        model = Blip2(vision, QFormer(), opt, train_vision_norm=True)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 107_133_696
 
 
@@ -410,8 +410,8 @@ def test_errors() -> None:
         Blip2(vision, spoken, decoder)
     with pytest.raises(ValueError, match="instruct=True needs a Q-Former with a text stream"):
         Blip2(vision, spoken.without_text(), decoder, instruct=True)
-    with pytest.raises(ValueError, match="train_norm is for a frozen vision encoder"):
-        Blip2(vision, spoken.without_text(), decoder, freeze_vision=False, train_norm=True)
+    with pytest.raises(ValueError, match="train_vision_norm is for a frozen vision encoder"):
+        Blip2(vision, spoken.without_text(), decoder, freeze_vision=False, train_vision_norm=True)
     model, given = Blip2(vision, spoken.without_text(), decoder), batch()
     given = replace(given, pixels=torch.randn(3, 1, 3, 16, 16))
     with pytest.raises(ValueError, match="9 tokens were given, but this decoder has 5 positions"):

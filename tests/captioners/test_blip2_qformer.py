@@ -211,7 +211,7 @@ def test_temperature_starts_where_it_is_told() -> None:
         ({"vision": ViT(16, 8, 24, 1, 3)}, r"visual_dim \(12\) must be the vision encoder's dim \(24\)"),
         ({"cls_token_id": 53}, r"cls_token_id \(53\) must be one of the Q-Former's 53 ids"),
         ({"init_temperature": 0.0}, r"init_temperature \(0.0\) must be above 0"),
-        ({"train_norm": True}, "train_norm is for a frozen vision encoder"),
+        ({"train_vision_norm": True}, "train_vision_norm is for a frozen vision encoder"),
     ],
 )
 def test_parts_must_fit(change: dict[str, Any], message: str) -> None:
@@ -293,7 +293,7 @@ def test_heat_is_where_the_queries_look_that_the_words_read() -> None:
 
 
 def test_frozen_tower_with_a_norm_that_learns() -> None:
-    m, given = model(freeze_vision=True, train_norm=True), batch()
+    m, given = model(freeze_vision=True, train_vision_norm=True), batch()
     m.train()
     assert not m.vision.training
     assert {n for n, p in m.vision.named_parameters() if p.requires_grad} == {"norm.weight", "norm.bias"}

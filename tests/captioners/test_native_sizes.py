@@ -81,7 +81,7 @@ BUILD: dict[str, Callable[[], Captioner]] = {
     ),
     "blip2": blip2,
     "blip2, instructed": lambda: blip2(instruct=True),
-    "blip2, its norm learns": lambda: blip2(freeze_vision=True, train_norm=True),
+    "blip2, its norm learns": lambda: blip2(freeze_vision=True, train_vision_norm=True),
     "blip2, an encoder reads": lambda: blip2(Transformer(VOCAB, 24, 1, 4, max_len=61)),
     "flamingo": lambda: flamingo(PerceiverResampler(20, 2, 2, 8, 3)),
     "flamingo, patches alone": lambda: flamingo(PerceiverResampler(20, 2, 2, 8, 3), keep_prefix_tokens=False),

@@ -161,13 +161,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
     "QFormer": lambda: qformer(vocab_size=37, max_len=11),
     "Blip2QFormer": lambda: Blip2QFormer(
-        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, cls_token_id=36, freeze_vision=True, train_norm=True,
+        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, cls_token_id=36, freeze_vision=True, train_vision_norm=True,
         init_temperature=0.1,
     ),
     "Blip2": lambda: Blip2(
         ViT(**VISION), qformer(vocab_size=37), decoder(), instruct=True, freeze_vision=False, freeze_decoder=False
     ),
-    "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_norm=True),
+    "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_vision_norm=True),
     "PrefixCaptioner": lambda: PrefixCaptioner(
         ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, pixel_shuffle=2, freeze_vision=False, freeze_decoder=False
     ),

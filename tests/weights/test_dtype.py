@@ -86,11 +86,11 @@ def opened(model: Flamingo) -> Flamingo:
 
 BRIDGES = {
     "blip2": lambda vision, decoder: Blip2(vision, qformer(), decoder),
-    "blip2, last norm learns": lambda vision, decoder: Blip2(vision, qformer(), decoder, train_norm=True),
+    "blip2, last norm learns": lambda vision, decoder: Blip2(vision, qformer(), decoder, train_vision_norm=True),
     "prefix": PrefixCaptioner,
     "flamingo": lambda vision, decoder: opened(Flamingo(vision, decoder)),
     "stage 1, last norm learns": lambda vision, decoder: Blip2QFormer(
-        vision, qformer(VOCAB), embed_dim=8, freeze_vision=True, train_norm=True
+        vision, qformer(VOCAB), embed_dim=8, freeze_vision=True, train_vision_norm=True
     ),
 }
 

@@ -100,7 +100,7 @@ class HFCaptioner(Captioner):
         if not callable(getattr(model, "generate", None)) or model.get_input_embeddings() is None:
             raise ValueError(f"transformers' {type(model).__name__} writes no text")
         self.model: Any = model
-        self.freeze_vision = self.train_norm = False
+        self.freeze_vision = self.train_vision_norm = False
         config = model.config
         self.seq2seq = bool(config.is_encoder_decoder)
         text: Any = config.get_text_config(decoder=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmtransformer.data.files.endings import IMAGES
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.text import CODES, LANGUAGES, SPLITS
 
 IMAGE = (
@@ -78,7 +78,9 @@ class Columns(NamedTuple):
         return "columns " + " ".join(said) + other * bool(self.other_split)
 
 
-def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequence[Mapping[str, Any]] = ()) -> Columns:
+def find_columns(
+    names: Sequence[str], wanted: ColumnNames, where: str, some: Sequence[Mapping[str, Any]] = ()
+) -> Columns:
     """Decides which columns are used.
 
     Args:

@@ -14,7 +14,7 @@ Unit = Literal["line", "paragraph", "file"]
 Plain = Literal["detokenize", "html"]
 
 
-class Wanted(NamedTuple):
+class ColumnNames(NamedTuple):
     """The columns that the user named; None where they are to be found. `images` = False: texts alone will do."""
 
     image: str | None = None
@@ -79,10 +79,10 @@ class ReadOptions:
         check_share("val_fraction", self.val_fraction)
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ColumnNames:
         """The columns that are named."""
         captions = _listed(self.caption_column)
-        return Wanted(self.image_column, captions, self.language_column, self.split_column)
+        return ColumnNames(self.image_column, captions, self.language_column, self.split_column)
 
     @property
     def plain(self) -> list[Plain]:
@@ -123,10 +123,10 @@ class TextReadOptions:
         check_share("val_fraction", self.val_fraction)
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ColumnNames:
         """The columns that are named."""
         texts = _listed(self.text_column)
-        return Wanted(None, texts, self.language_column, self.split_column, images=False)
+        return ColumnNames(None, texts, self.language_column, self.split_column, images=False)
 
 
 def _listed(columns: str | list[str] | None) -> list[str] | None:

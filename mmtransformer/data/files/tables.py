@@ -15,7 +15,7 @@ from mmtransformer.data.files.columns import (
     key_of,
     looks_like_image,
 )
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.text import Line, is_missing, language_code, lines, normalize_text, split_word
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.serialization.printable import counted
@@ -111,7 +111,7 @@ def sniff(header: str) -> str:
     return max("\t,;|", key=lambda mark: (len(split_cells(header, mark) or ()), mark == "\t"))
 
 
-def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
+def read_table(data: bytes, name: str, wanted: ColumnNames) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads CSV, TSV and the like, with or without a header.
 
     Line by line, so that a bad byte or a stray quote costs no other line. A quoted field may span lines, unless
@@ -134,7 +134,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
     return columns, _rows(text, start, name, mark, header, columns)
 
 
-def _header(text: list[Line], name: str, wanted: Wanted) -> tuple[list[str], str, Columns, int]:
+def _header(text: list[Line], name: str, wanted: ColumnNames) -> tuple[list[str], str, Columns, int]:
     """The names of a table's columns, what divides them, what they hold, and the first line behind; titles may stand
     above.
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.columns import Columns, find_columns, image_columns, may_say_splits
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.tables import ManifestRow, make_row
 from mmtransformer.data.formats.json.conversations import KEYS, is_turn
 from mmtransformer.data.formats.json.files import read_records
@@ -34,7 +34,7 @@ def holds_images(path: Path) -> bool:
         return True  # whoever reads it says what is wrong
 
 
-def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
+def read_columnar(files: Files, entry: Entry, wanted: ColumnNames) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads captions, or conversations, and paths; of pictures kept as bytes only the places, as `ManifestRow.key`.
 
     Raises:
@@ -124,7 +124,7 @@ class _Rows:
             row = make_row(record, columns, where)
             yield row if row.image is None else row._replace(key=key)
 
-    def conversations(self, turns: str, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
+    def conversations(self, turns: str, wanted: ColumnNames) -> tuple[Columns, Iterator[ManifestRow]]:
         """Rows of conversations, whose column is `turns`, read as those of JSON are."""
         keys: dict[str, Any] = {}
 

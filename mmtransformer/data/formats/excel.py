@@ -10,12 +10,12 @@ from mmtransformer.data.files.archives import MAX_BYTES, Files
 from mmtransformer.data.files.columns import Columns, find_columns
 from mmtransformer.data.files.endings import MOST_RATIO, SMALL_BYTES
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.tables import TITLES, ManifestRow, make_row
 from mmtransformer.data.files.text import split_word
 
 
-def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
+def read_excel(files: Files, entry: Entry, wanted: ColumnNames) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads all sheets with a row at the top that names a column of pictures and one of captions.
 
     A sheet that is called like a split is that split. The columns that are given are those of the first such sheet.
@@ -61,7 +61,7 @@ def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Ite
     return first, chain.from_iterable(rows for _, rows in found)
 
 
-def _header(rows: list[list[Any]], wanted: Wanted, where: str) -> tuple[int, list[str], Columns]:
+def _header(rows: list[list[Any]], wanted: ColumnNames, where: str) -> tuple[int, list[str], Columns]:
     """Where the rows behind the header begin, and its columns; titles of the sheet may stand above.
 
     Raises:

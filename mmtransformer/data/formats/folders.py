@@ -12,7 +12,7 @@ from mmtransformer.data.files.columns import find_columns, looks_like_image
 from mmtransformer.data.files.endings import IMAGES, OTHERS, picture_of
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.tables import ManifestRow, bad_row
 from mmtransformer.data.files.text import CODES, LANGUAGES, lines
 from mmtransformer.data.formats.lists import read_splits
@@ -29,7 +29,7 @@ _DEEP = 6  # levels of a JSON file that are looked through
 _Texts = dict[str, list[tuple[Entry, str | None]]]
 
 
-def read_folder(files: Files, images_in: Files, wanted: Wanted) -> Iterator[ManifestRow]:
+def read_folder(files: Files, images_in: Files, wanted: ColumnNames) -> Iterator[ManifestRow]:
     """Pictures with a .txt, .caption, .json or .xmp of the same name, in folders or archives.
 
     A picture that has none beside it takes the file of its name in another folder: images/001.jpg that of
@@ -109,7 +109,7 @@ def _row(
     split: str | None,
     texts: Sequence[tuple[Entry, str | None]],
     notes: list[tuple[str, str]],
-    wanted: Wanted,
+    wanted: ColumnNames,
 ) -> ManifestRow:
     """A picture with what its files say."""
     errors: list[tuple[str, str]] = []
@@ -190,7 +190,7 @@ def _captions_of_json(
     data: bytes,
     name: str,
     language: str | None,
-    wanted: Wanted,
+    wanted: ColumnNames,
     errors: list[tuple[str, str]],
     notes: list[tuple[str, str]],
 ) -> list[Caption]:

@@ -27,7 +27,7 @@ from mmtransformer.data.files.columns import find_columns
 from mmtransformer.data.files.endings import IMAGES, OTHERS, TABLES, UNREAD, own_stem, plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
-from mmtransformer.data.files.read_options import Format, Wanted
+from mmtransformer.data.files.read_options import ColumnNames, Format
 from mmtransformer.data.files.tables import sniff, split_cells
 from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
@@ -62,7 +62,7 @@ class Manifest(NamedTuple):
         return self.entry.path.rpartition("/")[0]
 
 
-def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = None) -> list[Manifest]:
+def find_manifests(files: Files, format: str = "auto", wanted: ColumnNames | None = None) -> list[Manifest]:
     """The manifests in the root, or in a lone folder inside it, or else inside its archives; [] for a folder of pairs.
 
     Looked at: the top level, and the folders annotations/, data/ and those with the name of a split; where nothing lies
@@ -76,7 +76,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     Raises:
         ValueError: If there are several that don't belong together, or the asked format isn't there.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or ColumnNames()
     if format not in get_args(Format):
         raise ValueError(f'format: unknown value "{format}"; choose one of {", ".join(get_args(Format))}')
     if format == "folder":
@@ -118,7 +118,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     )
 
 
-def _meant(files: Files, found: list[Manifest], wanted: Wanted) -> list[Manifest]:
+def _meant(files: Files, found: list[Manifest], wanted: ColumnNames) -> list[Manifest]:
     """Those of several that are meant: none without captions, and none that says those of another once more."""
     paths = {m.entry.path for m in found}
     again = {m.entry.path for m in found if (plain := _AGAIN.sub("", m.entry.path)) != m.entry.path and plain in paths}
@@ -129,7 +129,7 @@ def _meant(files: Files, found: list[Manifest], wanted: Wanted) -> list[Manifest
     return told
 
 
-def _says(files: Files, manifest: Manifest, wanted: Wanted) -> bool:
+def _says(files: Files, manifest: Manifest, wanted: ColumnNames) -> bool:
     """Whether a manifest names pictures and captions by its content, where its format may be that of something else."""
     if manifest.format == "csv":
         return _has_columns(files.read_text(manifest.entry)[:65536], wanted)
@@ -139,7 +139,7 @@ def _says(files: Files, manifest: Manifest, wanted: Wanted) -> bool:
     return shape is not None and fits(shape.data, wanted)
 
 
-def _columnar(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
+def _columnar(files: Files, entry: Entry, wanted: ColumnNames) -> Manifest | None:
     """A table of Parquet or Arrow, wherever it lies, if it has pictures and captions and is no log of a tar."""
     name = entry.path.lower()
     if not name.endswith(COLUMNAR) or OTHERS.search(name):
@@ -165,7 +165,7 @@ def _by_archive(files: Files) -> list[tuple[list[Entry], int]]:
     return [(group, group[0].path.count("/") - group[0].inner.count("/")) for group in archives.values()]
 
 
-def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
+def _anywhere(files: Files, entry: Entry, wanted: ColumnNames) -> Manifest | None:
     """A table, a list or JSON in any folder, if its own content says that it has pictures and captions."""
     name = plain_name(entry.path)
     if _is_table(files, entry, wanted):
@@ -191,14 +191,14 @@ def _anywhere(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
     return Manifest(entry, shape.format) if shape and sure else None
 
 
-def _is_table(files: Files, entry: Entry, wanted: Wanted) -> bool:
+def _is_table(files: Files, entry: Entry, wanted: ColumnNames) -> bool:
     """Whether a file is a table with a column of pictures and one of captions: the user's, or known by their names."""
     if not plain_name(entry.path).endswith(TABLES) or entry.size > MAX_BYTES:
         return False
     return _has_columns(files.read_text(entry)[:65536], wanted)
 
 
-def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, wanted: Wanted) -> list[Manifest]:
+def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, wanted: ColumnNames) -> list[Manifest]:
     tops = {entry.path.split("/")[skip] for entry in entries}
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
@@ -230,7 +230,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
     return found
 
 
-def _of_labels(files: Files, entry: Entry, wanted: Wanted) -> str | None:
+def _of_labels(files: Files, entry: Entry, wanted: ColumnNames) -> str | None:
     """The format of JSON called like something else ("labels.json") that gives captions to pictures without texts."""
     name = plain_name(entry.path)
     if not name.endswith((".json", ".jsonl", ".ndjson")) or entry.size > MAX_BYTES or files.own_texts:
@@ -251,13 +251,13 @@ def _of_labels(files: Files, entry: Entry, wanted: Wanted) -> str | None:
     return shape.format
 
 
-def _of_lines(files: Files, entry: Entry, wanted: Wanted) -> str | None:
+def _of_lines(files: Files, entry: Entry, wanted: ColumnNames) -> str | None:
     """The format "jsonl", of lines of which the first names a picture and its caption."""
     first = next((value for _, value, error in json_lines(files.read_text(entry)[:65536], "") if not error), 0)
     return "jsonl" if fits([first], wanted) else None
 
 
-def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) -> str | None:
+def _format_of(files: Files, entry: Entry, wanted: ColumnNames, alone: bool = False) -> str | None:
     """The format of a file by its name and its content; None if it is no manifest."""
     name = plain_name(entry.path)
     if (known := next((suffix for suffix in BY_SUFFIX if name.endswith(suffix)), None)) is not None:
@@ -289,7 +289,7 @@ def _table_format(head: bytes) -> str:
     return (cells is not None and len(cells) > 2 and list_format(head)) or "csv"
 
 
-def _has_columns(head: bytes, wanted: Wanted) -> bool:
+def _has_columns(head: bytes, wanted: ColumnNames) -> bool:
     """Whether the first line of a text names a column of pictures and one of captions."""
     first = next((line.text for line in lines(head) if line.text), "")
     try:

@@ -8,7 +8,7 @@ from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.columns import Columns
 from mmtransformer.data.files.endings import PACKED_TEXTS, TEXTS
 from mmtransformer.data.files.members import Entry
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.tables import ManifestRow, read_table
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.excel import read_excel
@@ -34,27 +34,27 @@ class FileFormat(NamedTuple):
     """
 
     title: str
-    read: Callable[[Files, Entry, Wanted], Rows]
+    read: Callable[[Files, Entry, ColumnNames], Rows]
     suffixes: tuple[str, ...] = ()
 
 
-def _csv(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+def _csv(files: Files, entry: Entry, wanted: ColumnNames) -> Rows:
     return read_table(files.read_text(entry), entry.path, wanted)
 
 
-def _jsonl(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+def _jsonl(files: Files, entry: Entry, wanted: ColumnNames) -> Rows:
     return read_records(json_lines(files.read_text(entry), entry.path), entry.path, wanted)
 
 
-def _list(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+def _list(files: Files, entry: Entry, wanted: ColumnNames) -> Rows:
     return None, read_list(files, entry)
 
 
-def _lines(files: Files, entry: Entry, wanted: Wanted) -> Rows:
+def _lines(files: Files, entry: Entry, wanted: ColumnNames) -> Rows:
     return None, read_line_by_line(files, entry)
 
 
-def _json(files: Files, entry: Entry, wanted: Wanted, *, format: str) -> Rows:
+def _json(files: Files, entry: Entry, wanted: ColumnNames, *, format: str) -> Rows:
     name = entry.path
     shape = json_shape(load_json(files, entry), wanted, files.image_ids)
     if shape is None or shape.format != format:

@@ -69,7 +69,7 @@ class LoaderConfig:
         max_bad_fraction: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
         timeout: Most seconds to wait for the workers' next batch before the run stops and names its samples; 0 waits
             for ever. Ten minutes are far above what a batch takes, and below what a dead disk costs on a rented GPU.
-        keep_together: So many neighbours of the training split stay in one batch: hard negatives for contrast, where
+        group_size: So many neighbours of the training split stay in one batch: hard negatives for contrast, where
             the data lie so that neighbours are alike.
         max_patches_per_batch: Of pictures of native size, the most patches of a training batch of one process, in place
             of `batch_size` pictures: small pictures then come in larger batches, and a step costs about the same as
@@ -82,7 +82,7 @@ class LoaderConfig:
     drop_last: bool = False
     max_bad_fraction: float = 0.01
     timeout: float = 600.0
-    keep_together: int = 1
+    group_size: int = 1
     max_patches_per_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class DataModule(lightning.LightningDataModule, ABC):
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
         self.batch_size, self.loader_config = batch_size, loader
         self.num_workers, self.seed, self.max_bad_fraction = loader.num_workers, loader.seed, loader.max_bad_fraction
-        self.drop_last, self.timeout, self.keep_together = loader.drop_last, loader.timeout, loader.keep_together
+        self.drop_last, self.timeout, self.group_size = loader.drop_last, loader.timeout, loader.group_size
         self.train_split, self._splits = splits.train, splits
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}
@@ -324,7 +324,7 @@ class DataModule(lightning.LightningDataModule, ABC):
             lengths=None if tokens is None else lengths,
             mixture=mixture,
             repeat=training and bool(getattr(self.trainer, "overfit_batches", 0)),
-            keep_together=self.keep_together if training else 1,
+            group_size=self.group_size if training else 1,
             block=self.block(world),
             rank=rank,
             world=world,

@@ -67,7 +67,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             the number of times that it has come before, so that it is never cropped or captioned twice in the same way;
             `num_samples` is the mixture's size, and `lengths` gives those of its samples in their order.
         repeat: Whether every epoch is the first one again, with its samples, captions and crops: for overfitting.
-        keep_together: So many neighbours, as the samples lie in the split, stay side by side in the shuffled order: a
+        group_size: So many neighbours, as the samples lie in the split, stay side by side in the shuffled order: a
             batch then holds samples that are hard to tell apart, where neighbours are. Batches that it does not
             divide cut some runs in two.
         block: Samples that stay together when grouping; a step (`batch_size * world`) unless told. Give the samples
@@ -92,7 +92,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         lengths: Callable[[int], np.ndarray] | None = None,
         mixture: EpochMixture | None = None,
         repeat: bool = False,
-        keep_together: int = 1,
+        group_size: int = 1,
         block: int | None = None,
         window: int = 50,
         rank: int = 0,
@@ -118,10 +118,10 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             raise ValueError(
                 f"a mixture of {mixture.size} samples needs num_samples={mixture.size} (not {num_samples}) and shuffle"
             )
-        if keep_together < 1 or (keep_together > 1 and mixture is not None):
-            raise ValueError(f"keep_together ({keep_together}) must be at least 1, and 1 beside a mixture")
+        if group_size < 1 or (group_size > 1 and mixture is not None):
+            raise ValueError(f"group_size ({group_size}) must be at least 1, and 1 beside a mixture")
         self.num_samples, self.batch_size, self.seed, self.shuffle = num_samples, batch_size, seed, shuffle
-        self.keep_together = keep_together
+        self.group_size = group_size
         self.lengths, self.mixture, self.repeat = lengths, mixture, repeat
         self.block, self.window = block or self.step, window
         if budget is not None and (mixture is not None or len(budget.sizes) != num_samples):
@@ -153,7 +153,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         """All samples (of the mixture) in the order of an epoch, (num_samples,): a pure function of (seed, epoch)."""
         if not self.shuffle:
             return np.arange(self.num_samples)
-        together = self.keep_together
+        together = self.group_size
         runs = self.num_samples // together  # what is left over comes last
         order = np.argsort(hash64_range(runs, self.seed, epoch), kind="stable")
         if self.lengths is not None:
@@ -226,7 +226,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             "position": self.position,
             "seed": self.seed,
             "num_samples": self.num_samples,
-            "keep_together": self.keep_together,
+            "group_size": self.group_size,
             "block": self.begun[1] if self.begun and self.begun[0] == self.epoch else self.block,
         }
 
@@ -236,11 +236,10 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         Raises:
             ValueError: If the state is of another order of samples.
         """
-        state = {"keep_together": 1, **state}
         for key, what in (
             ("seed", "the data's seed"),
             ("num_samples", "the number of samples in an epoch"),
-            ("keep_together", "loader.keep_together"),
+            ("group_size", "loader.group_size"),
         ):
             if state[key] != getattr(self, key):
                 raise ValueError(

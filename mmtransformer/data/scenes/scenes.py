@@ -49,7 +49,7 @@ class SceneSplit:
         self.source, self.split_name = source, name
         self.world, self.languages = source.world, source.languages
         self.phrasings = source.phrasings if name == "train" else source.references
-        self.siblings = source.siblings if name == "train" else 1
+        self.group_size = source.group_size if name == "train" else 1
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -61,11 +61,11 @@ class SceneSplit:
 
     def scene(self, i: int) -> Scene:
         """What picture i shows."""
-        number = check_index(i, self) % self.siblings
+        number = check_index(i, self) % self.group_size
         scene = self.world.sample(self._chance(i - number, "scene"), held_out=self.split_name == "compositional")
         if number == 0:
             return scene
-        others = self.world.siblings(scene, self._chance(i - number, "siblings"), self.siblings - 1)
+        others = self.world.hard_negatives(scene, self._chance(i - number, "siblings"), self.group_size - 1)
         return others[number - 1] if number <= len(others) else scene
 
     def image(self, i: int) -> Image.Image:
@@ -105,8 +105,8 @@ class Scenes:
         phrasings: captions of each training picture in each language.
         references: captions of each other picture in each language.
         world: what there is to see; fewer words in it are learnt sooner.
-        siblings: so many neighbours of the training split are one scene and others that differ from it in a word: hard
-            negatives, if batches keep them together (`LoaderConfig.keep_together`). 1 = every scene is of its own.
+        group_size: so many neighbours of the training split are one scene and others that differ from it in a word:
+            hard negatives, if batches keep them together (`LoaderConfig.group_size`). 1 = every scene is of its own.
 
     Raises:
         ValueError: a number out of range, or an unknown language.
@@ -123,7 +123,7 @@ class Scenes:
         phrasings: int = 1,
         references: int = 3,
         world: SceneWorld = SceneWorld(),  # noqa: B008 - frozen
-        siblings: int = 1,
+        group_size: int = 1,
     ):
         if image_size < _SMALLEST:
             raise ValueError(f"image_size must be at least {_SMALLEST} px, got {image_size}")
@@ -134,14 +134,14 @@ class Scenes:
         for field, number in (("phrasings", phrasings), ("references", references)):
             if not 1 <= number <= MAX_PHRASINGS:
                 raise ValueError(f"{field} must be 1 to {MAX_PHRASINGS}, got {number}")
-        if siblings < 1:
-            raise ValueError(f"siblings must be at least 1, got {siblings}")
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
         unknown = [language for language in languages if language not in LANGUAGES]
         if unknown or not languages or len(set(languages)) < len(languages):
             raise ValueError(f"languages must be different ones of {', '.join(LANGUAGES)}, got {list(languages)}")
         self.image_size, self.seed, self.world = image_size, seed, world
         self.languages: tuple[str, ...] = tuple(languages)
-        self.phrasings, self.references, self.siblings = phrasings, references, siblings
+        self.phrasings, self.references, self.group_size = phrasings, references, group_size
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""
@@ -160,5 +160,5 @@ class Scenes:
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments as plain data."""
         sizes = {f"{split}_size": size for split, size in self.sizes.items()}
-        names = ("image_size", "seed", "languages", "phrasings", "references", "siblings")
+        names = ("image_size", "seed", "languages", "phrasings", "references", "group_size")
         return {name: getattr(self, name) for name in names} | sizes | {"world": dataclasses.asdict(self.world)}

@@ -209,7 +209,7 @@ class SceneWorld:
         relations, spots = _place(rng, groups, axis, inside)
         return Scene(tuple(groups), relations, spots, rng.getrandbits(63))
 
-    def siblings(self, scene: Scene, rng: random.Random, most: int) -> list[Scene]:
+    def hard_negatives(self, scene: Scene, rng: random.Random, most: int) -> list[Scene]:
         """Some of the scenes that differ in one word: a group has another shape, colour or fill, all else stays.
 
         Args:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mmtransformer.serialization.processes import lives
 
 SUFFIX = ".ckpt"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """What stands in a checkpoint and how; one more with every change after which a run could not go on."""
 _SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

@@ -121,11 +121,11 @@ class TuningConfig:
         """Sets the captioner's own switches to what learns: no graph is kept of a frozen vision encoder."""
         captioner.freeze_vision = is_frozen(captioner.vision)
         if not captioner.freeze_vision:
-            captioner.train_norm = False  # It learns inside the encoder, with the rest.
-        if captioner.train_norm and "connector" in self.parts:
+            captioner.train_vision_norm = False  # It learns inside the encoder, with the rest.
+        if captioner.train_vision_norm and "connector" in self.parts:
             captioner.freeze_vision = True
             captioner.vision.norm.requires_grad_(True)
-        captioner.train_norm = captioner.train_norm and "connector" in self.parts
+        captioner.train_vision_norm = captioner.train_vision_norm and "connector" in self.parts
         if hasattr(captioner, "freeze_decoder"):
             inner = [p for name, p in captioner.named_parameters() if part_of(captioner, name) == "decoder"]
             vars(captioner)["freeze_decoder"] = not any(p.requires_grad for p in inner)

@@ -139,7 +139,9 @@ def blip2_qformer_from_lavis(
         if name not in state:
             raise ValueError(f"{context} has no tensor {name}, so it is not a stage-1 model of LAVIS")
     dim = state["vision_proj.weight"].shape[0]
-    model = Blip2QFormer(vision, qformer, embed_dim=dim, cls_token_id=cls_token_id, freeze_vision=True, train_norm=True)
+    model = Blip2QFormer(
+        vision, qformer, embed_dim=dim, cls_token_id=cls_token_id, freeze_vision=True, train_vision_norm=True
+    )
     for copy, name in zip(_COPIES, (_WORDS, "Qformer.cls.predictions.bias"), strict=True):
         if copy in state and not torch.equal(state[copy], state[name]):
             raise ValueError(f"{context}: {copy} differs from {name}, to which Blip2QFormer ties it")
@@ -173,7 +175,7 @@ def blip2_from_lavis(
     found = [name for name in _PROJECTIONS if f"{name}.weight" in state]
     if len(found) != 1:
         raise ValueError(f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one")
-    model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_norm=True)
+    model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_vision_norm=True)
     fill(model, _KEYS | {found[0]: "proj"}, state, context, kept=_TOWERS)
     return model.eval()
 

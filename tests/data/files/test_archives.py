@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmtransformer.data.files.archives import FileError, Files
 from mmtransformer.data.files.names import join, refusal
 from mmtransformer.data.files.read_options import ReadOptions
-from mmtransformer.data.files.tables import Wanted, read_table
+from mmtransformer.data.files.tables import ColumnNames, read_table
 from mmtransformer.data.files.text import is_missing, normalize_text
 from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption
@@ -360,7 +360,7 @@ def test_whatever_a_spreadsheet_writes_is_read_back(cells: list[tuple[str, str]]
     # the csv module leaves a lone CR in a cell unquoted, which no reader can tell from the end of a line
     cells = [(one.replace("\r", "\n"), two.replace("\r", "\n")) for one, two in cells]
     writer.writerows((f"p{i}.png", other, text) for i, (other, text) in enumerate(cells))
-    _, rows = read_table(out.getvalue().encode(), "c.csv", Wanted())
+    _, rows = read_table(out.getvalue().encode(), "c.csv", ColumnNames())
     got = list(rows)
     assert [row.image for row in got] == [f"p{i}.png" for i in range(len(cells))]
     for row, (_, text) in zip(got, cells, strict=True):

@@ -14,7 +14,7 @@ SIZES = (1 + hash64(5, np.arange(N)) % np.uint64(37)).astype(np.int64)
 
 def sampler(per_batch=120, **options):
     return IndexSampler(
-        N, 4, seed=3, budget=PatchBudget(SIZES, per_batch, options.get("world", 1)), keep_together=1, **options
+        N, 4, seed=3, budget=PatchBudget(SIZES, per_batch, options.get("world", 1)), group_size=1, **options
     )
 
 

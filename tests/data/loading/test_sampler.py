@@ -87,7 +87,7 @@ def test_order_is_a_permutation_and_a_pure_function():
 def test_neighbours_stay_in_one_batch(grouped: bool):
     n, together, batch = 4 * 31 + 3, 4, 8
     by = (lambda _: np.arange(n) * 7 % 11) if grouped else None
-    sampler = IndexSampler(n, batch, seed=3, lengths=by, keep_together=together)
+    sampler = IndexSampler(n, batch, seed=3, lengths=by, group_size=together)
     order = sampler.order(0)
     assert sorted(order) == list(range(n))
     assert list(order[-3:]) == [n - 3, n - 2, n - 1]
@@ -96,14 +96,14 @@ def test_neighbours_stay_in_one_batch(grouped: bool):
     assert (runs[:, 0] % together == 0).all()
     assert not np.array_equal(order, sampler.order(1))
     assert not np.array_equal(runs[:, 0], np.sort(runs[:, 0]))
-    two = [IndexSampler(n, 4, seed=3, lengths=by, keep_together=together, rank=r, world=2) for r in range(2)]
+    two = [IndexSampler(n, 4, seed=3, lengths=by, group_size=together, rank=r, world=2) for r in range(2)]
     steps = zip(*(indices(one) for one in two), strict=True)
     assert [sorted(a + b) for a, b in steps][:15] == [sorted(x) for x in indices(sampler)][:15]
 
 
 def test_neighbours_cannot_be_kept_together_by_none():
-    with pytest.raises(ValueError, match=r"keep_together \(0\) must be at least 1"):
-        IndexSampler(9, 3, keep_together=0)
+    with pytest.raises(ValueError, match=r"group_size \(0\) must be at least 1"):
+        IndexSampler(9, 3, group_size=0)
 
 
 def test_every_epoch_has_another_order():
@@ -276,8 +276,8 @@ def test_a_state_of_another_order_is_refused():
         IndexSampler(N, 7, seed=4).load_state_dict(state)
     with pytest.raises(ValueError, match="number of samples in an epoch was 101 and is now 103"):
         IndexSampler(103, 7, seed=3).load_state_dict(state)
-    with pytest.raises(ValueError, match="keep_together was 1 and is now 2"):
-        IndexSampler(N, 7, keep_together=2).load_state_dict(IndexSampler(N, 7).state_dict())
+    with pytest.raises(ValueError, match="group_size was 1 and is now 2"):
+        IndexSampler(N, 7, group_size=2).load_state_dict(IndexSampler(N, 7).state_dict())
 
 
 def test_impossible_sizes_are_refused():

@@ -56,12 +56,12 @@ def test_captions_come_by_language_a_constant_number_a_image():
 def test_siblings_differ_in_one_word_and_none_is_held_out():
     world = SceneWorld(group_shares=(0.5, 0.5))
     plain = Scenes(train_size=400, world=world)
-    source = Scenes(train_size=400, world=world, siblings=4)
+    source = Scenes(train_size=400, world=world, group_size=4)
     train, changed = source.split("train"), Counter[str]()
     for first in range(0, 400, 4):
         scenes = [train.scene(i) for i in range(first, first + 4)]
         assert scenes[0] == plain.split("train").scene(first)
-        assert len(set(scenes)) == (4 if world.siblings(scenes[0], random.Random(0), 1) else 1)
+        assert len(set(scenes)) == (4 if world.hard_negatives(scenes[0], random.Random(0), 1) else 1)
         for other in scenes[1:]:
             assert not pairs_of(other) & world.held_out
             assert len(pairs_of(other)) == len(other.groups)
@@ -92,7 +92,7 @@ def test_a_language_does_not_change_the_other():
         (lambda: Scenes(image_size=31), "image_size must be at least 32 px, got 31"),
         (lambda: Scenes(val_size=0), "val_size must be at least 1, got 0"),
         (lambda: Scenes(phrasings=5), "phrasings must be 1 to 4, got 5"),
-        (lambda: Scenes(siblings=0), "siblings must be at least 1, got 0"),
+        (lambda: Scenes(group_size=0), "group_size must be at least 1, got 0"),
         (lambda: Scenes(references=0), "references must be 1 to 4, got 0"),
         (lambda: Scenes(languages=("en", "fr")), r"languages must be different ones of en, ko, got \['en', 'fr'\]"),
         (lambda: Scenes(languages=()), r"got \[\]"),

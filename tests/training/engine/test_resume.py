@@ -81,8 +81,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixture": {"mixture": True, "every_steps": 2},
     "native sizes": {"data": tiny.many_sizes, "every_steps": 2},
     "native sizes, workers": {"data": tiny.many_sizes, "workers": 2},
-    "contrast, hard negatives": {"task": tiny.contrast, "loading": {"keep_together": 2}},
-    "contrast, accumulated": {"task": tiny.contrast, "loading": {"keep_together": 2}, "accumulate_grad_batches": 2},
+    "contrast, hard negatives": {"task": tiny.contrast, "loading": {"group_size": 2}},
+    "contrast, accumulated": {"task": tiny.contrast, "loading": {"group_size": 2}, "accumulate_grad_batches": 2},
     # Lightning changes the number format of the weights after it has read the checkpoint.
     "float64, frozen tower": {"precision": "64-true", "captioner": FROZEN},
     "bfloat16, frozen tower": {"precision": "bf16-true", "captioner": FROZEN},

@@ -377,7 +377,7 @@ def test_stage_2_of_lavis_with_its_vision_tower() -> None:
     theirs = keyless(noisy(theirs))
     state, decoder = lavis_names(theirs), from_transformers(theirs).decoder
     ours = blip2_from_lavis(state, decoder, num_heads=4)
-    assert (ours.vision.num_heads, ours.train_norm, ours.instruct) == (2, True, False)
+    assert (ours.vision.num_heads, ours.train_vision_norm, ours.instruct) == (2, True, False)
     pixels, tokens, attention_mask = texts()
     with torch.no_grad():
         want = theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:]

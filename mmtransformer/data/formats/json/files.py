@@ -5,14 +5,14 @@ from typing import Any
 
 from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.columns import Columns, find_columns, image_columns
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.tables import ManifestRow, bad_row, make_row
 from mmtransformer.data.files.text import split_word
 from mmtransformer.data.formats.json.conversations import NoCaption, as_records, laid_open
 
 
 def read_records(
-    records: Iterator[tuple[str, Any, str]], name: str, wanted: Wanted
+    records: Iterator[tuple[str, Any, str]], name: str, wanted: ColumnNames
 ) -> tuple[Columns, Iterator[ManifestRow]]:
     """The columns and rows of records: objects with keys, conversations, or tasks."""
     everything, left = [], {}
@@ -65,7 +65,7 @@ def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: st
     return ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))
 
 
-def read_coco(data: dict[str, Any], name: str, wanted: Wanted) -> Iterator[ManifestRow]:
+def read_coco(data: dict[str, Any], name: str, wanted: ColumnNames) -> Iterator[ManifestRow]:
     """The rows of COCO's captions: pictures by id, and annotations that name one."""
     found: dict[Any, list[tuple[int, Any]]] = {}
     keys = dict.fromkeys(key for note in data["annotations"][:1000] if isinstance(note, dict) for key in note)

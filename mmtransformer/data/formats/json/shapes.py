@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mmtransformer.data.files.columns import find_columns, image_columns, looks_like_image
 from mmtransformer.data.files.endings import IMAGES
-from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.read_options import ColumnNames
 from mmtransformer.data.files.text import split_word
 from mmtransformer.data.formats.json.conversations import NoCaption, as_records, laid_open
 
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     key: str = ""
 
 
-def json_shape(data: Any, wanted: Wanted, ids: Collection[str] = ()) -> Shape | None:
+def json_shape(data: Any, wanted: ColumnNames, ids: Collection[str] = ()) -> Shape | None:
     """The shape of what a JSON file holds; None if it can't be told.
 
     Args:
@@ -39,7 +39,7 @@ def json_shape(data: Any, wanted: Wanted, ids: Collection[str] = ()) -> Shape | 
     return _shape(data, wanted, ids, _DEEP)
 
 
-def _shape(data: Any, wanted: Wanted, ids: Collection[str], deep: int) -> Shape | None:
+def _shape(data: Any, wanted: ColumnNames, ids: Collection[str], deep: int) -> Shape | None:
     if isinstance(data, list) and data and isinstance(data[0], dict):
         inner = [] if fits(data, wanted) else _unrolled(data[:_SOME])
         return Shape("json", _unrolled(data) if inner and fits(inner, wanted) else data)
@@ -62,7 +62,7 @@ def _shape(data: Any, wanted: Wanted, ids: Collection[str], deep: int) -> Shape 
     return None
 
 
-def fits(records: Sequence[Any], wanted: Wanted) -> bool:
+def fits(records: Sequence[Any], wanted: ColumnNames) -> bool:
     """Whether records name pictures and captions, by the first of them."""
     some: list[Any] = []
     for record in records[:_SOME]:
@@ -99,7 +99,7 @@ def _unrolled(records: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _below(data: Mapping[str, Any], wanted: Wanted, ids: Collection[str], deep: int) -> Shape | None:
+def _below(data: Mapping[str, Any], wanted: ColumnNames, ids: Collection[str], deep: int) -> Shape | None:
     """What stands under one key, or under keys that name splits."""
     found: dict[str, Shape] = {}
     for key, value in data.items():
@@ -122,7 +122,7 @@ def _below(data: Mapping[str, Any], wanted: Wanted, ids: Collection[str], deep: 
     return None
 
 
-def _coco(data: dict[str, Any], wanted: Wanted) -> Shape | None:
+def _coco(data: dict[str, Any], wanted: ColumnNames) -> Shape | None:
     """COCO's form: pictures, and beside them, under any one key, captions with an image_id."""
     images = data.get("images")
     if not isinstance(images, list):
@@ -138,7 +138,7 @@ def _coco(data: dict[str, Any], wanted: Wanted) -> Shape | None:
     return None
 
 
-def _of_columns(data: Mapping[str, Any], wanted: Wanted) -> list[dict[str, Any]] | None:
+def _of_columns(data: Mapping[str, Any], wanted: ColumnNames) -> list[dict[str, Any]] | None:
     """Records of a table by column, as data frames write them: {"image": {"0": ...}}, {"image": [...]}, and others."""
     columns, rows = data.get("columns"), data.get("data")
     if isinstance(columns, list) and isinstance(rows, list):
@@ -156,7 +156,7 @@ def _of_columns(data: Mapping[str, Any], wanted: Wanted) -> list[dict[str, Any]]
     return None
 
 
-def _of_rows(rows: Sequence[Any], wanted: Wanted) -> Shape | None:
+def _of_rows(rows: Sequence[Any], wanted: ColumnNames) -> Shape | None:
     """A list of lists: rows behind a header, or pairs of a picture's name and its caption."""
     if not rows or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows) or not rows[0]:
         return None
