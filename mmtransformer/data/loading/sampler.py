@@ -236,6 +236,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         Raises:
             ValueError: If the state is of another order of samples.
         """
+        state = {"group_size": 1, **state}
         for key, what in (
             ("seed", "the data's seed"),
             ("num_samples", "the number of samples in an epoch"),
