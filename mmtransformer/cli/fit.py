@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmtransformer.cli.guards.errors import cause_of, check_checkpoint, explain
 from mmtransformer.cli.guards.own_modules import look_here, with_imports
 from mmtransformer.cli.guards.trust import check_names, check_recipe, checked_files, paths_as_texts
+from mmtransformer.cli.many import told_when_stopped
 from mmtransformer.cli.recipes import cap_sizes, check_whole, with_files, with_tower
 from mmtransformer.serialization.printable import counted, say
 
@@ -367,13 +368,13 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
             limit = 1
         elif isinstance(limit, float):  # a share of each split: as many batches as of the largest
             limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
-        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, LastCheckpoint))
-        seconds = earlier + time.monotonic() - began
+        earlier = 0.0 if last_checkpoint is None else last_checkpoint.earlier
+        run = Run(folder, earlier + time.monotonic() - began, device, limit, half)
         last = folder / "checkpoints" / f"last{SUFFIX}"
-        # For caches of every length it would compile anew.
-        with torch.compiler.set_stance("force_eager"), written_to(folder, last):
-            module.finish(Run(folder, seconds, device, limit, half))
+        said = "after the training, which is complete: --resume finishes the scores"
+        eager = torch.compiler.set_stance("force_eager")  # for caches of every length it would compile anew
+        with eager, written_to(folder, last), told_when_stopped(lambda: said * last.is_file()):
+            module.finish(run)
 
 
 def _quiet() -> None:

@@ -173,6 +173,11 @@ class CaptionData(DataModule):
         """What makes the prompts of a public model; None = plain ones."""
         return None if self.processor is None else ProcessorPromptBuilder(self.processor)
 
+    @property
+    def answers_questions(self) -> bool:
+        """Whether the captions to validate on are answers, of a model that is asked the questions."""
+        return self.processor is not None and any(self.rows(split).asked for split in self.val_splits)
+
     @once_a_split
     def pairs(self, split: str) -> Pairs:
         """Return the pairs of a split; for a model without prompts, of conversations the first turn alone."""

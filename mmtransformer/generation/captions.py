@@ -152,7 +152,7 @@ def write_captions(
             tokens = [said.tokens[k] for k in known]
             found[-1].append(
                 CaptionResult(
-                    text=tokenizer.decode([*opening, *tokens]).lstrip(" "),
+                    text=tokenizer.decode([*opening, *tokens]).strip(" "),
                     language=language,
                     tokens=tokens,
                     log_prob=said.log_prob,

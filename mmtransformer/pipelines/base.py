@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.images import ImageTransform
+from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.kernels import bfloat16_hardware
 from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
@@ -163,6 +163,17 @@ def listed(images: Any, instead: str = "") -> list[Any]:
         raise ValueError(f"images are given by a {type(images).__name__}: give a list of them, [*images]{what}")
     numbers = getattr(getattr(images, "dtype", None), "kind", "O") not in "OUT"  # an array of pixels, not of paths
     return [*images] if isinstance(images, Collection) and not (one or numbers) else [images]
+
+
+def load_nth(images: Sequence[Any], i: int) -> Image:
+    """Loads picture i of a list; errors call one without a name by its place there.
+
+    Raises:
+        ImageError: If it cannot be used.
+    """
+    image: ImageLike = images[i]
+    named = isinstance(image, str | Path) or getattr(image, "filename", "") or getattr(image, "name", "")
+    return load(image, name=None if named or len(images) == 1 else f"images[{i}]")
 
 
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:

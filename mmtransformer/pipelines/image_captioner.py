@@ -32,6 +32,7 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     listed,
+    load_nth,
     pick_device,
     public_family,
     read_generation,
@@ -245,13 +246,12 @@ class ImageCaptioner(Pipeline[Captioner]):
         if len(texts) != len(many):
             raise ValueError(f"there are {len(texts)} prompts for {len(many)} pictures: give one, or one for each")
         captions, said = [], in_batches(texts, batch_size)
-        for some, words in zip(in_batches(many, batch_size), said, strict=True):
+        for some, words in zip(in_batches(range(len(many)), batch_size), said, strict=True):
             with fast_autocast(self.device):
                 made = self.prompt_builder(words, prompt_builder)
-                batch = self.batch_of([self.prepare(load(image)) for image in some])
+                batch = self.batch_of([self.prepare(load_nth(many, i)) for i in some])
                 args = self.inference_model(), self.tokenizer, batch, [language]
-                rows = write_captions(*args, generation=generation, prompt_builder=made)
-            captions += [row[0] for row in rows]
+                captions += [row[0] for row in write_captions(*args, generation=generation, prompt_builder=made)]
         return captions
 
     def prompt_builder(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtransformer.batch.images import pad_images
 from mmtransformer.dual_encoders.clip import CLIP
-from mmtransformer.images import ImageTransform, load
+from mmtransformer.images import ImageTransform
 from mmtransformer.layers.linear import upcast_products
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
@@ -26,6 +26,7 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     listed,
+    load_nth,
     pick_device,
     read_transform,
     write_card,
@@ -99,8 +100,9 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         """
         many: list[ImageLike | Tensor] = listed(images)
         found = [torch.empty(0, self.dim)]
-        for some in in_batches(many, batch_size):
-            batch = self._batch([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
+        for some in in_batches(range(len(many)), batch_size):
+            given = ((i, many[i]) for i in some)
+            batch = self._batch([x if isinstance(x, Tensor) else self.transform(load_nth(many, i)) for i, x in given])
             with fast_autocast(self.device):
                 found.append(self.model.encode_image(*(x.to(self.device) for x in batch)).float().cpu())
         return F.normalize(torch.cat(found), dim=-1)

@@ -1,5 +1,6 @@
 """A hub's repository by its name: looked at first, then fetched once into the hub's cache."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,17 @@ class HubOptions:
     token: str | bool | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+
+
+def check_name(name_or_path: str | Path) -> str | Path:
+    """The name of a model, where it is one.
+
+    Raises:
+        ValueError: if it is empty, which would be the current folder, or no name at all.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+        raise ValueError(f"{name_or_path!r:.80} names no model: give its folder, or its name on the hub")
+    return name_or_path
 
 
 def fetch(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmtransformer.layers.lora import has_lora, refuse_lora
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged
-from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
+from mmtransformer.serialization.hub import CONFIGS, HubOptions, check_name, fetch
 from mmtransformer.serialization.model_kinds import (
     arguments_of,
     import_path,
@@ -30,6 +30,7 @@ from mmtransformer.serialization.model_kinds import (
 from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
+from mmtransformer.serialization.writing import made_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
@@ -151,7 +152,7 @@ def find_folder(
     Raises:
         ValueError: if there is no such folder and no such repository, or the hub cannot be reached.
     """
-    folder = Path(name_or_path)
+    folder = Path(check_name(name_or_path))
     if folder.is_dir():
         if look is not None and any((folder / name).exists() for name in CONFIGS):
             look(folder)
@@ -361,8 +362,7 @@ class Pretrained:
         version = importlib.import_module("mmtransformer").__version__
         whole = {"format_version": FORMAT_VERSION, _WRITER: version, **config, "metadata": metadata or {}}
         json.dumps(whole)  # refused before anything is written
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(folder)
         whole[KEY] = checksum({name: t.cpu() for name, t in write_weights(folder / WEIGHTS, self.state_dict()).items()})
         text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")

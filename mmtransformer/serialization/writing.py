@@ -40,6 +40,19 @@ def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) ->
     return path
 
 
+def made_folder(folder: str | Path) -> Path:
+    """The folder that a model is saved in, made if it is not there.
+
+    Raises:
+        ValueError: if a file is in its place.
+    """
+    folder = Path(folder)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ValueError(f"{folder}: a model is saved in a folder, and {file} is a file; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Waits until no other process is in here for the same folder; on disks and systems without locks it does not."""

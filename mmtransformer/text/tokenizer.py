@@ -23,6 +23,8 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmtransformer.serialization.hub import check_name
+from mmtransformer.serialization.writing import made_folder
 from mmtransformer.text.token_bytes import TokenBytes
 from mmtransformer.text.tokenizer_files import (
     check_encodable,
@@ -158,7 +160,7 @@ class Tokenizer:
         Raises:
             ValueError: If no tokenizer or no eos token is found, or a file cannot be read; names the file and key.
         """
-        folder = Path(folder)
+        folder = Path(check_name(folder))
         settings = read_settings(folder)
         backend = read_backend(folder, settings)
         vocab = backend.get_vocab()
@@ -238,8 +240,7 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which the hub's libraries read as well."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(folder)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
@@ -256,8 +257,7 @@ class Tokenizer:
         if self.image_token is not None:
             config["image_token"] = self.image_token
         self.backend.save(str(folder / "tokenizer.json"))
-        text = json.dumps(config, ensure_ascii=False, indent=2)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -15,6 +15,7 @@ from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, open_weights, read_json
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
+from mmtransformer.serialization.writing import made_folder
 from mmtransformer.weights.shared.folders import read_tensors
 
 ADAPTER = "adapter.safetensors"
@@ -62,8 +63,7 @@ class Adapter:
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and adapter.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(folder)
         written = write_weights(folder / ADAPTER, {name: x.detach().cpu() for name, x in self.tensors.items()})
         values = {"base": self.base, "base_hash": self.base_hash, "revision": self.revision, "scaling": self.scaling}
         config = {"adapter": {"format_version": FORMAT_VERSION, **values}, KEY: checksum(written)}
@@ -107,7 +107,8 @@ class Adapter:
         try:
             if Path(self.base).is_absolute() and not Path(self.base).is_dir():
                 raise ValueError("no such folder")
-            base = find_folder(self.base, replace(options, revision=self.revision))
+            beside = folder / self.base  # a relative one, wherever the command runs
+            base = find_folder(beside if beside.is_dir() else self.base, replace(options, revision=self.revision))
         except ValueError as error:
             raise ValueError(f"{folder}: an adapter without its base, {self.base}: {error}; {remedy}") from error
         if (found := hash_of(base)) != self.base_hash:

@@ -24,7 +24,7 @@ OTHER_NAMES = {
     "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
     "--index": "--images", "mlp": "activation", "max_len": "row_len",
     "--max-length": "--max-new-tokens --max-len", "--lang": "--language --default-language",
-    "--connectors": "--captioners",
+    "--connectors": "--captioners", "--question": "--prompt",
 }  # fmt: skip
 """What settings are called elsewhere -> here; of several names the first that there is."""
 

@@ -73,7 +73,7 @@ def write_report(
     if cards:
         subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
         save_image(plot_gallery(cards, title=title, subtitle=subtitle), folder / "gallery.png")
-        hint = f"Caption a picture of your own: `{how_to(folder, model, evaluation)}`"
+        hint = f"Caption a picture of your own: `{how_to(folder, model, evaluation, asked=data.answers_questions)}`"
         table = page_table(evaluation)
         save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
     plot_curves(folder)
@@ -186,15 +186,23 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
     return table
 
 
-def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
-    """The command that captions one's own picture with this model, in a language that it was scored in."""
+def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation, *, asked: bool = False) -> str:
+    """The command that captions one's own picture with this model, in a language that it was scored in.
+
+    Args:
+        folder: The run's folder.
+        model: The model.
+        evaluation: Its scores.
+        asked: Whether it answers questions.
+    """
     folder = folder.resolve()
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     known = model.tokenizer.languages
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
     heat = " --heatmap words.png" if model.model.has_heatmaps else ""
-    return f"{program()} caption YOUR_PICTURE.jpg {model_option(shown / 'model', model.model)}{language}{heat}"
+    asked_for = ' --prompt "QUESTION"' * asked + language + heat
+    return f"{program()} caption YOUR_PICTURE.jpg {model_option(shown / 'model', model.model)}{asked_for}"
 
 
 def model_option(folder: Path, model: nn.Module) -> str:

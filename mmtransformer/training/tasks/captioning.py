@@ -196,7 +196,7 @@ class Captioning(Task):
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
-        lines += [f"  {how_to(run.folder, model, evaluation)}"]
+        lines += [f"  {how_to(run.folder, model, evaluation, asked=data.answers_questions)}"]
         say("\n".join(lines))
 
     def _adapter(self) -> Adapter | None:

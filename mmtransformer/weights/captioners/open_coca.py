@@ -17,6 +17,7 @@ from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
+from mmtransformer.serialization.writing import made_folder
 from mmtransformer.text.clip_tokenizer import END, START, VOCABULARY, read_clip_vocabulary
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import PIXELS, open_clip_pixels
@@ -275,8 +276,7 @@ def save_open_coca(model: OpenCoCa, folder: str | Path, *, pixels: Mapping[str, 
         ValueError: if a part has no counterpart there, before anything is written.
     """
     config, tensors = to_open_coca(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     whole = {"model_cfg": config, "preprocess_cfg": dict(PIXELS if pixels is None else pixels)}
     write_weights(folder / WEIGHTS, tensors)
     (folder / OPEN_CLIP).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
+from mmtransformer.serialization.writing import made_folder
 from mmtransformer.weights.processors.pixels import PIXELS
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.keys import export, fill, nested, part
@@ -195,8 +196,7 @@ def save_open_clip(model: CLIP, folder: str | Path, *, pixels: Mapping[str, Any]
         ValueError: if a part has no counterpart there, before anything is written.
     """
     config, tensors = clip_to_open_clip(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     write_weights(folder / WEIGHTS, tensors)
     whole = {"model_cfg": config, "preprocess_cfg": dict(PIXELS if pixels is None else pixels)}
     (folder / CONFIG).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, find_folder,
 from mmtransformer.serialization.printable import counted
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.weight_files import read_safetensors, write_weights
+from mmtransformer.serialization.writing import made_folder
 from mmtransformer.weights.shared.pickles import read_pickle
 
 T = TypeVar("T")
@@ -134,8 +135,7 @@ def write_folder(
     folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, weights: str = WEIGHTS
 ) -> None:
     """Writes `config.json` and the weights, a tensor that has several names under the first of them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     write_weights(folder / weights, tensors)
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     open_weights(folder, weights)

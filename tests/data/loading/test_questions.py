@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,13 @@ def test_it_is_trained_and_scored_by_its_answers(
     base = blip_vqa(tmp_path / "base") if family == "blip-vqa" else folder(tmp_path / "base", family)
     root, run, out = answers(tmp_path / "pairs"), tmp_path / "run", tmp_path / "said.jsonl"
     words = ["--config", "recipes/finetune_hub.yaml", "--model.init", str(base), "--data.source", str(root)]
-    code, _, err = mmt(capsys, "fit", *words, *QUICK, "--trainer.default_root_dir", str(run))
+    code, told, err = mmt(capsys, "fit", *words, *QUICK, "--trainer.default_root_dir", str(run))
+    assert code == 0, err
+    assert told.splitlines()[-2:-1] == ["Caption a picture of your own:"]
+    hint = shlex.split(told.splitlines()[-1].replace("YOUR_PICTURE.jpg", str(root / "0.png")))[1:]
+    assert hint[hint.index("--prompt") + 1] == "QUESTION"
+    monkeypatch.chdir(tmp_path)
+    code, _, err = mmt(capsys, *hint)
     assert code == 0, err
     args = ["--data", str(root), "--split", "val", "--device", "cpu", "--captions-out", str(out), "--batch-size", "3"]
     code, _, err = mmt(capsys, "evaluate", "--model", str(run / "model"), *args, "--num-beams", "2")

@@ -57,3 +57,10 @@ def test_a_refused_resume_changes_nothing(
     assert b"max_steps: 4" in after["config.yaml"]
     assert [json.loads(line)["image"] for line in after["bad_images_train.jsonl"].splitlines()] == ["train/3.png"]
     assert after["metrics.csv"].startswith(before["metrics.csv"])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmtransformer.training.tasks.captioning.evaluate", interrupted)
+    said = "mmt: interrupted after the training, which is complete: --resume finishes the scores\n"
+    assert mmt(capsys, *words, "--resume", "--trainer.max_steps=4")[::2] == (130, said)
