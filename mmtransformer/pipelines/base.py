@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.images import ImageTransform, load
+from mmtransformer.images import ImageTransform
 from mmtransformer.layers.kernels import bfloat16_hardware
 from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
@@ -147,8 +147,11 @@ def check_cores(name: str, count: int) -> None:
         raise ValueError(f"{name} ({count}): a CPU takes a process for each of its cores, {most} at most here")
 
 
-def listed(images: Any, instead: str = "") -> list[Any]:
+def listed(images: Any, instead: str = "") -> tuple[list[Any], list[str | None]]:
     """Pictures in a list: one alone, or those of a list, a table's column or the like.
+
+    Returns:
+        The pictures; and what errors call each, where it has no name of its own: its place in the list.
 
     Args:
         images: What a user has given.
@@ -162,18 +165,10 @@ def listed(images: Any, instead: str = "") -> list[Any]:
         what = f", or {instead}, which takes any number" * bool(instead)
         raise ValueError(f"images are given by a {type(images).__name__}: give a list of them, [*images]{what}")
     numbers = getattr(getattr(images, "dtype", None), "kind", "O") not in "OUT"  # an array of pixels, not of paths
-    return [*images] if isinstance(images, Collection) and not (one or numbers) else [images]
-
-
-def load_nth(images: Sequence[Any], i: int) -> Image:
-    """Loads picture i of a list; errors call one without a name by its place there.
-
-    Raises:
-        ImageError: If it cannot be used.
-    """
-    image: ImageLike = images[i]
-    named = isinstance(image, str | Path) or getattr(image, "filename", "") or getattr(image, "name", "")
-    return load(image, name=None if named or len(images) == 1 else f"images[{i}]")
+    if one or numbers or not isinstance(images, Collection):
+        return [images], [None]
+    own = [isinstance(x, str | Path) or getattr(x, "filename", "") or getattr(x, "name", "") for x in images]
+    return [*images], [None if name else f"images[{i}]" for i, name in enumerate(own)]
 
 
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:

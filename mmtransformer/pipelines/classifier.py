@@ -1,7 +1,6 @@
 """ImageClassifier: pictures in, classes out, and everything that belongs to a saved model in one folder."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -10,7 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.images import ImageError, ImageTransform
+from mmtransformer.images import ImageError, ImageTransform, load
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
@@ -19,7 +18,6 @@ from mmtransformer.pipelines.base import (
     check_count,
     fast_autocast,
     listed,
-    load_nth,
     pick_device,
     read_transform,
     write_card,
@@ -74,8 +72,9 @@ class ImageClassifier(Pipeline[ViT]):
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
             ValueError: If `top_k` or `batch_size` is no number of things.
         """
-        many, found = listed(images), list[Classes]()
-        for _, classes in self.stream(range(len(many)), partial(load_nth, many), top_k=top_k, batch_size=batch_size):
+        found: list[Classes] = []
+        things = zip(*listed(images), strict=True)
+        for _, classes in self.stream(things, lambda x: load(x[0], name=x[1]), top_k=top_k, batch_size=batch_size):
             if isinstance(classes, ImageError):
                 raise classes
             found.append(classes)

@@ -32,7 +32,6 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     listed,
-    load_nth,
     pick_device,
     public_family,
     read_generation,
@@ -239,7 +238,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
             ValueError: If the model does not know the language, or settings make no sense.
         """
-        many: list[ImageLike] = listed(images, "captioner.stream(images)")
+        many, names = listed(images, "captioner.stream(images)")
         generation = (generation or self.generation).updated(**changes)
         language = self.language(language)
         texts = [prompt] * len(many) if prompt is None or isinstance(prompt, str) else [*prompt]
@@ -249,7 +248,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         for some, words in zip(in_batches(range(len(many)), batch_size), said, strict=True):
             with fast_autocast(self.device):
                 made = self.prompt_builder(words, prompt_builder)
-                batch = self.batch_of([self.prepare(load_nth(many, i)) for i in some])
+                batch = self.batch_of([self.prepare(load(many[i], name=names[i])) for i in some])
                 args = self.inference_model(), self.tokenizer, batch, [language]
                 captions += [row[0] for row in write_captions(*args, generation=generation, prompt_builder=made)]
         return captions

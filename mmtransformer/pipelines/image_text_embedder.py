@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtransformer.batch.images import pad_images
 from mmtransformer.dual_encoders.clip import CLIP
-from mmtransformer.images import ImageTransform
+from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.linear import upcast_products
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
@@ -26,7 +26,6 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     listed,
-    load_nth,
     pick_device,
     read_transform,
     write_card,
@@ -98,11 +97,11 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
         """
-        many: list[ImageLike | Tensor] = listed(images)
+        many, names = listed(images)
         found = [torch.empty(0, self.dim)]
         for some in in_batches(range(len(many)), batch_size):
-            given = ((i, many[i]) for i in some)
-            batch = self._batch([x if isinstance(x, Tensor) else self.transform(load_nth(many, i)) for i, x in given])
+            given = [many[i] if isinstance(many[i], Tensor) else load(many[i], name=names[i]) for i in some]
+            batch = self._batch([x if isinstance(x, Tensor) else self.transform(x) for x in given])
             with fast_autocast(self.device):
                 found.append(self.model.encode_image(*(x.to(self.device) for x in batch)).float().cpu())
         return F.normalize(torch.cat(found), dim=-1)

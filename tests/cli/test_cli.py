@@ -148,7 +148,7 @@ def test_help_is_quick() -> None:
         ),
         (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
         (["check", "PAIRS", "--language", "de"], 'did you mean "--default-language"?'),
-        (["caption", "x.jpg", "--question", "what?"], 'did you mean "--prompt"?'),
+        (["caption", "x.jpg", "--model", "MODEL", "--question", "what?"], 'did you mean "--prompt"?'),
         (["check", "PAIRS", "--images", "photos"], 'did you mean "--image-folder"?'),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--json", "x.json"], 'did you mean "--out"?'),
         (["ablate", "--recipe", "caption_scenes"], "required: --config"),

@@ -252,7 +252,7 @@ class ImageIndex:
             ImageError: If a picture of `like` cannot be used.
         """
         check_count("top_k", top_k)
-        pictures = listed(like)
+        pictures, _ = listed(like)
         itself = {os.path.realpath(x) for x in pictures if isinstance(x, (str, Path))}
         query = self.query(texts, like=like, without=without)
         try:
@@ -278,14 +278,15 @@ class ImageIndex:
         """The unit vector (d) of a query: the sum of its texts' and pictures' vectors, less those of `without`."""
         words = [texts] if isinstance(texts, str) else list(texts)
         unwanted = [without] if isinstance(without, str) else list(without)
-        pictures = listed(like)
+        pictures, names = listed(like)
         if not words and not pictures:
             raise ValueError("there is nothing to look for: give a text, or a picture to look for others like it")
         if any(not text.strip() for text in (*words, *unwanted)):
             raise ValueError("a text is empty, and would fit every picture: leave it out")
         parts = torch.zeros(self.contents.embeddings.shape[1])
         if pictures:
-            parts += self.encoder.encode_images([load(x) for x in pictures]).sum(0)
+            loaded = [load(x, name=name) for x, name in zip(pictures, names, strict=True)]
+            parts += self.encoder.encode_images(loaded).sum(0)
         if words or unwanted:
             vectors = self.encoder.encode_texts([*words, *unwanted])
             parts += vectors[: len(words)].sum(0) - vectors[len(words) :].sum(0)
