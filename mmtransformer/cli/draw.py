@@ -73,7 +73,7 @@ def run(name: str, words: Sequence[str]) -> int:
         negative_prompt=args.negative_prompt,
         generation=generation,
         image=args.image,
-        strength=0.6 if args.strength is None else args.strength,
+        strength=args.strength,
         mask_image=args.mask_image,
         on_step=(lambda _, images: steps.append(images[0])) if args.strip else None,
     )

@@ -1,8 +1,9 @@
 """Drawing: from texts and noise to images, or from an image to another one that a text asks for."""
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,17 @@ OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number from 1 and the network's idea of the clean images (n c height width)."""
 
 
-@known_fields
+ELSEWHERE = {
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale", "guidance": "guidance_scale", "scheduler": "solver", "sampler": "solver",
+    "shift": "time_shift", "generator": "seed", "generation_config": "generation", "prompt": "texts",
+    "num_images_per_prompt": "num_images", "negative": "negative_prompt", "init_image": "image", "mask": "mask_image",
+    "height": "", "width": "",
+}  # fmt: skip
+"""What other libraries call a setting -> its name here, or in the call that it is given to; "" = of the model."""
+
+
+@functools.partial(known_fields, elsewhere=ELSEWHERE)
 @dataclass(frozen=True)
 class ImageGenerationConfig:
     """How images are drawn; saved with a model.
@@ -51,6 +62,15 @@ class ImageGenerationConfig:
             raise ValueError(f'solver must be one of {", ".join(get_args(Solver))}, not "{self.solver}"')
         if not 0 < self.time_shift <= 1000:
             raise ValueError(f"time_shift must be above 0 and at most 1000, not {self.time_shift}")
+
+    def updated(self, **changes: Any) -> Self:
+        """These settings with some changed.
+
+        Raises:
+            ValueError: as the constructor.
+            TypeError: for a setting that there is not; names the nearest.
+        """
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ class GenerationConfig:
             groups = changes.get("num_beam_groups", self.num_beam_groups)
             beams = max(self.num_beams, texts, 5 if changes.get("force_words") else 1)
             changes["num_beams"] = -(-beams // groups) * groups
+        for name in ("length_penalty", "length_offset"):
+            if name in changes and changes.get("num_beams", self.num_beams) == 1:
+                raise ValueError(f"{name} weighs beams of different lengths, and there are none: it needs num_beams")
         return dataclasses.replace(self, **changes)
 
     def limited(self, most: int) -> Self:

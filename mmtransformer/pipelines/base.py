@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeVar, cast, get_args
 
@@ -14,24 +14,29 @@ from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.config import check_configs
 from mmtransformer.layers.kernels import bfloat16_hardware
 from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
-from mmtransformer.serialization.printable import fenced, json_text, markup
+from mmtransformer.serialization.printable import counted, fenced, json_text, markup
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.serialization.writing import write_whole
 from mmtransformer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mmtransformer.diffusion.image_generation import ImageGenerationConfig
     from mmtransformer.weights.families import Family
 
 PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation_config.json", "README.md"
 _MOST_PIXELS = 4096 * 4096
+_SHOWN = 4  # classes
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 ImageLike = str | Path | bytes | BinaryIO | Image
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S", "GenerationConfig", "ImageGenerationConfig")
 
 
 class Pipeline(Generic[M]):
@@ -40,6 +45,20 @@ class Pipeline(Generic[M]):
     model: M
     device: torch.device
     precision: Precision = "fp32"
+
+    def __repr__(self) -> str:
+        tokenizer: Tokenizer | None = getattr(self, "tokenizer", None)
+        classes: Sequence[str] = getattr(self, "classes", ())
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        parts = [type(self.model).__name__, f"{size:.1f} million parameters"]
+        if tokenizer is not None:
+            known = ", ".join(tokenizer.languages)
+            parts += [f"{tokenizer.vocab_size} tokens", *([f"languages {known}"] if known else [])]
+        if classes:
+            more = ", ..." if len(classes) > _SHOWN else ""
+            parts.append(f"{counted(len(classes), 'class', 'classes')}: {', '.join(classes[:_SHOWN])}{more}")
+        kept = next((_SHORT[p.dtype] for p in self.model.parameters() if p.dtype in _SHORT), self.precision)
+        return f"{type(self).__name__}({', '.join(parts)}, {kept} on {self.device})"
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the model, as `nn.Module.to`.
@@ -169,6 +188,31 @@ def listed(images: Any, instead: str = "") -> tuple[list[Any], list[str | None]]
         return [images], [None]
     own = [isinstance(x, str | Path) or getattr(x, "filename", "") or getattr(x, "name", "") for x in images]
     return [*images], [None if name else f"images[{i}]" for i, name in enumerate(own)]
+
+
+def texts_of(texts: Any, what: str = "texts") -> list[str]:
+    """Texts in a list: one alone, or those of a list, a table's column or the like.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    found = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    if others := [text for text in found if not isinstance(text, str)]:
+        raise ValueError(f"{what} must be a text, or a list of them, not {others[0]!r:.80}")
+    return found
+
+
+def settings_for(given: S | None, own: S, changes: Mapping[str, Any]) -> S:
+    """The settings of a call: those that it gives, or a model's own, with single ones changed.
+
+    Raises:
+        TypeError: If what is given holds no settings, or there is no such setting; names the nearest.
+        ValueError: If they make no sense.
+    """
+    found = own if given is None else given
+    if type(found) is not type(own):
+        check_configs(generation=(found, type(own)))
+    return found.updated(**changes) if changes else found
 
 
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:

@@ -37,6 +37,7 @@ from mmtransformer.pipelines.base import (
     read_generation,
     read_transform,
     resolve_precision,
+    settings_for,
     write_card,
     write_json,
 )
@@ -88,15 +89,6 @@ class ImageCaptioner(Pipeline[Captioner]):
         self.adapter: Adapter | None = None
         """What a training learned on top of a public model, if that alone is to be saved."""
         self._ready = False
-
-    def __repr__(self) -> str:
-        known = ", ".join(self.tokenizer.languages)
-        size = sum(p.numel() for p in self.model.parameters()) / 1e6
-        return (
-            f"ImageCaptioner({type(self.model).__name__}, {size:.1f} million parameters, "
-            f"{self.tokenizer.vocab_size} tokens{f', languages {known}' if known else ''}, "
-            f"{self.precision} on {self.device})"
-        )
 
     @classmethod
     def from_pretrained(
@@ -239,7 +231,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             ValueError: If the model does not know the language, or settings make no sense.
         """
         many, names = listed(images, "captioner.stream(images)")
-        generation = (generation or self.generation).updated(**changes)
+        generation = settings_for(generation, self.generation, changes)
         language = self.language(language)
         texts = [prompt] * len(many) if prompt is None or isinstance(prompt, str) else [*prompt]
         if len(texts) != len(many):
@@ -324,7 +316,7 @@ class ImageCaptioner(Pipeline[Captioner]):
             raise ValueError(
                 "stream takes many pictures: give [picture], or write one's caption by stream_text(picture)"
             )
-        c, language = (generation or self.generation).updated(**changes), self.language(language)
+        c, language = settings_for(generation, self.generation, changes), self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
         many = caption_all(self, images, load, [language], generation=c, prompt_builder=made, batch_size=batch_size)
         return self._stream_many(many, on_error)
@@ -353,7 +345,8 @@ class ImageCaptioner(Pipeline[Captioner]):
             ImageError: If the picture cannot be used.
             ValueError: If the model does not know the language, or settings need beams.
         """
-        settings, language = (generation or self.generation).streamed(**changes), self.language(language)
+        settings = settings_for(generation, self.generation, {}).streamed(**changes)
+        language = self.language(language)
         made = self.prompt_builder(prompt, prompt_builder)
         with torch.inference_mode():
             batch = self.batch([image])

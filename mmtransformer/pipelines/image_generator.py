@@ -1,9 +1,10 @@
 """ImageGenerator: texts in, images out, and everything that belongs to a saved model in one folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,8 +23,12 @@ from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
     Pipeline,
+    check_count,
+    in_batches,
     pick_device,
     read_transform,
+    settings_for,
+    texts_of,
     write_card,
     write_json,
 )
@@ -86,11 +91,12 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         negative_prompt: str | None = None,
         generation: ImageGenerationConfig | None = None,
         image: ImageLike | None = None,
-        strength: float = 0.6,
+        strength: float | None = None,
         mask_image: ImageLike | None = None,
         truncate: bool = False,
         batch_size: int = 16,
         on_step: Callable[[int, list[Image.Image]], None] | None = None,
+        **changes: Any,
     ) -> list[list[Image.Image]]:
         """Draws pictures.
 
@@ -98,29 +104,35 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             texts: What to draw: a text, or a list of them.
             language: Its language, for a model that knows several; found by the letters unless told.
             num_images: Pictures a text: of the seeds `seed`, `seed + 1`, ...
-            seed: A text and a seed make one picture, whatever else is drawn beside it; a number, or one a text.
+            seed: Of the noise that a picture begins as, the same whatever else is drawn beside it; a number, or one a
+                text. A text and a seed make one picture up to rounding: the bytes of two calls may differ.
             negative_prompt: What to keep away from.
             generation: How to draw.
             image: A picture to begin with instead of noise (SDEdit).
-            strength: How far from it: near 0 = hardly, 1 = as from noise.
+            strength: How far from it: near 0 = hardly, 1 = as from noise; 0.6 unless told.
             mask_image: A picture, white where to draw in `image` and black where it stays.
             truncate: Read the beginning of texts that are longer than the model can read, as in training.
             batch_size: Pictures at once.
             on_step: Sees the pictures of a batch as they are after each step, and the step's number.
+            changes: Single settings of how to draw, such as `num_inference_steps=4` (as
+                `ImageGenerationConfig.updated`).
 
         Returns:
             For each text its pictures.
 
         Raises:
-            ValueError: If a text is longer than the model can read, or `mask_image` has no `image`.
+            ValueError: If a text is longer than the model can read, or an argument would have no effect: `mask_image`
+                or `strength` without `image`.
         """
-        many = [texts] if isinstance(texts, str) else list(texts)
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images ({num_images}) and batch_size ({batch_size}) must be at least 1")
-        if mask_image is not None and image is None:
-            raise ValueError("mask_image says where to draw in a picture to begin with: give image too")
+        many, generation = texts_of(texts), settings_for(generation, self.generation, changes)
+        check_count("num_images", num_images)
+        for name, value in {"mask_image": mask_image, "strength": strength}.items():
+            if value is not None and image is None:
+                raise ValueError(f"{name} is of a picture to begin with: give image too, or leave it out")
         rows = [self._row(text, language, truncate) for text in many for _ in range(num_images)]
-        firsts = [seed] * len(many) if isinstance(seed, int) else list(seed)
+        firsts = list(seed) if isinstance(seed, Iterable) else [seed] * len(many)
+        if bad := [first for first in firsts if not isinstance(first, Integral) or isinstance(first, bool)]:
+            raise ValueError(f"seed must be a whole number, or a list of one a text, not {bad[0]!r:.80}")
         if len(firsts) != len(many):
             raise ValueError(
                 f"{counted(len(firsts), 'seed')} for {counted(len(many), 'text')}: give one number, or one a text"
@@ -128,30 +140,35 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         seeds = [first + k for first in firsts for k in range(num_images)]
         away = None if negative_prompt is None else self._padded([self._row(negative_prompt, language)])
         found: list[Image.Image] = []
-        for first in range(0, len(rows), batch_size):
-            tokens, mask = self._padded(rows[first : first + batch_size])
+        for some, of in zip(in_batches(rows, batch_size), in_batches(seeds, batch_size), strict=True):
+            tokens, mask = self._padded([*some])
             side = self.model.patch_side // self.model.transformer.patch_size
             height, width = (length // side for length in self.transform.size)
             shape = (self.model.transformer.in_channels, height, width)
-            noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
+            noise = seeded_noise(of, shape).to(self.device)
             edit = None if image is None else self._edit(image, strength, mask_image, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
-            drawn = generate_images(
-                self.model, tokens, mask, noise, generation or self.generation, negative=away, edit=edit, on_step=look
-            )
+            drawn = generate_images(self.model, tokens, mask, noise, generation, negative=away, edit=edit, on_step=look)
             found += self._images(drawn)
         return [found[i : i + num_images] for i in range(0, len(found), num_images)]
 
     def heatmap(
-        self, text: str, *, language: str | None = None, seed: int = 0, generation: ImageGenerationConfig | None = None
+        self,
+        text: str,
+        *,
+        language: str | None = None,
+        seed: int = 0,
+        generation: ImageGenerationConfig | None = None,
+        **changes: Any,
     ) -> tuple[Image.Image, list[str], Tensor]:
         """Draws one picture and says where each word steered it.
 
         Args:
             text: What to draw.
-            language: See `draw`.
-            seed: See `draw`.
-            generation: How to draw.
+            language: As of a call.
+            seed: As of a call.
+            generation: As of a call.
+            changes: As of a call.
 
         Returns:
             The picture, the words, and (steps words gh gw): the share of the patch's look at the text that went to the
@@ -166,6 +183,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
                 language=language,
                 seed=seed,
                 generation=generation,
+                **changes,
                 on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
             )
         look = torch.stack(looks)  # (steps q k)
@@ -189,7 +207,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         tokens, mask = self.tokenizer.pad(rows, side="right")
         return tokens.to(self.device), mask.to(self.device)
 
-    def _edit(self, image: ImageLike, strength: float, mask_image: ImageLike | None, count: int) -> Edit:
+    def _edit(self, image: ImageLike, strength: float | None, mask_image: ImageLike | None, count: int) -> Edit:
         pixels = self.transform(load(image)).to(self.device)
         with evaluation_mode(self.model):
             images = self.model.encode(pixels[None]).expand(count, -1, -1, -1)
@@ -201,7 +219,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             side = self.model.patch_side // self.model.transformer.patch_size
             white = rearrange(white, "(y p) (x q) -> y p x q", p=side, q=side).any(dim=3).any(dim=1)
             where = white.to(self.device).expand(count, 1, -1, -1)
-        return Edit(images, strength, where)
+        return Edit(images, 0.6 if strength is None else strength, where)
 
     @torch.inference_mode()
     def _images(self, drawn: Tensor) -> list[Image.Image]:

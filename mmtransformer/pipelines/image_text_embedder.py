@@ -28,6 +28,7 @@ from mmtransformer.pipelines.base import (
     listed,
     pick_device,
     read_transform,
+    texts_of,
     write_card,
     write_json,
 )
@@ -128,7 +129,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         Raises:
             ValueError: If a text is empty.
         """
-        many = [texts] if isinstance(texts, str) else list(texts)
+        many = texts_of(texts)
         if blank := [i for i, text in enumerate(many) if not text.strip()]:
             raise ValueError(f"text {blank[0]} of {len(many)} is empty, and would fit every picture: leave it out")
         found, cut = [torch.empty(0, self.dim)], 0

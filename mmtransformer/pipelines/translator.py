@@ -22,6 +22,7 @@ from mmtransformer.pipelines.base import (
     in_batches,
     pick_device,
     read_generation,
+    texts_of,
     write_card,
     write_json,
 )
@@ -75,7 +76,7 @@ class Translator(Pipeline[Transformer]):
         Raises:
             ValueError: If the model does not know the language, or a text is longer than it reads.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = texts_of(texts)
         prompt = self.tokenizer.prompt(language)
         sources = [self.tokenizer.encode_source(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(sources[i]))

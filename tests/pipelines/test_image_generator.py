@@ -55,6 +55,20 @@ def test_a_text_and_a_seed_make_one_picture(painter: ImageGenerator) -> None:
     assert same(several[2][0], painter(TEXTS[2], seed=7)[0][0])
 
 
+def test_a_call_takes_single_settings(painter: ImageGenerator) -> None:
+    seen: list[int] = []
+    drawn = painter(TEXTS[0], num_inference_steps=2, guidance_scale=1.0, on_step=lambda k, _: seen.append(k))[0][0]
+    assert seen == [1, 2]
+    whole = replace(painter.generation, num_inference_steps=2, guidance_scale=1.0)
+    assert same(drawn, painter(TEXTS[0], generation=whole)[0][0])
+    assert len(painter.heatmap(TEXTS[0], num_inference_steps=2)[2]) == 2
+    for word, meant in (("steps", "num_inference_steps"), ("cfg", "guidance_scale"), ("generator", "seed")):
+        with pytest.raises(TypeError, match=f'ImageGenerationConfig has no "{word}"; did you mean "{meant}"'):
+            painter(TEXTS[0], **{word: 1})
+    with pytest.raises(TypeError, match=r"generation must be of ImageGenerationConfig\(num_inference_steps, "):
+        painter(TEXTS[0], generation={"num_inference_steps": 2})  # pyright: ignore[reportArgumentType]
+
+
 def test_the_language_is_found_by_the_letters(painter: ImageGenerator) -> None:
     korean = painter(TEXTS[1], seed=1)[0][0]
     assert same(korean, painter(TEXTS[1], language="ko", seed=1)[0][0])
@@ -137,7 +151,7 @@ def test_the_help_names_every_solver(capsys: pytest.CaptureFixture[str]) -> None
         (["--solver", "rk4"], "invalid choice: 'rk4'"),
         (["--strength", "0.5"], "need a picture to begin with: --image IMAGE"),
         (["--negative-prompt", "a heart", "--guidance-scale", "1"], "has no effect at guidance_scale 1"),
-        (["--num-images", "0"], "num_images (0)"),
+        (["--num-images", "0"], "num_images must be a whole number, at least 1, not 0"),
         (["a large red star " * 20], "the model reads 40: shorten it"),
     ],
 )
@@ -171,8 +185,15 @@ def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_refused(painter: ImageGenerator) -> None:
     with pytest.raises(ValueError, match="the model reads 40: shorten it"):
         painter("a large red star " * 20)
-    with pytest.raises(ValueError, match="give image too"):
-        painter(TEXTS[0], mask_image=Image.new("L", (4, 4)))
+    for argument in ({"mask_image": Image.new("L", (4, 4))}, {"strength": 0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))} is of a picture to begin with: give image too"):
+            painter(TEXTS[0], **argument)
+    for seed in ("a", None, True, [1, 2.5, 3]):
+        with pytest.raises(ValueError, match="seed must be a whole number, or a list of one a text"):
+            painter(TEXTS, seed=seed)  # pyright: ignore[reportArgumentType]
+    for texts in (3, ["a red star", 3]):
+        with pytest.raises(ValueError, match="texts must be a text, or a list of them, not 3"):
+            painter(texts)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="2 seeds for 3 texts"):
         painter(TEXTS, seed=[1, 2])
     with pytest.raises(ValueError, match="16 x 20 px are not divided"):
