@@ -93,7 +93,7 @@ def run(name: str, words: Sequence[str]) -> int:
         listed = f": {path} names them" if write_bad(path, map(pairs.name, range(count)), bad) else ""
     if bad:
         say(
-            f"{len(bad):,} of {counted(count, 'picture')} could not be used, and are in no score{listed}",
+            f"{len(bad):,} of {counted(count, _unit(pairs, count))} could not be used, and are in no score{listed}",
             file=sys.stderr,
         )
     return 1 if bad else 0
@@ -164,10 +164,7 @@ def _caption(
             by[code or ANY].append(prediction)
     if questions and (model.processor is None or args.num_shots is not None):
         why = "reads no prompts" if model.processor is None else "reads examples in their place"
-        say(
-            f"left out, as the model {why}: questions about {len(questions):,} of {counted(count, 'picture')}",
-            file=sys.stderr,
-        )
+        say(f"left out, as the model {why}: {counted(len(questions), 'question')}", file=sys.stderr)
         questions.clear()
     changes = generation_changes(args)
     job = CaptionJob(partial(_start, args), pairs, codes, changes, args.batch_size, questions=questions)
@@ -176,14 +173,14 @@ def _caption(
     else:
         results = job.on([str(device) for device in devices], todo)
     bad: dict[str, str] = {}
-    done = 0
+    done, unit = 0, _unit(pairs, count)
 
     def so_far() -> str:
         kept = f": what is done is in {file.path}, and the same call goes on"
         kept = (
             kept.replace("same call", "same call without --overwrite") if args.overwrite and done > len(bad) else kept
         )
-        return f"after {done:,} of {counted(len(todo), 'picture')}{kept if file.path else ''}"
+        return f"after {done:,} of {counted(len(todo), unit)}{kept if file.path else ''}"
 
     with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar, told_when_stopped(so_far):
         for done, (i, said) in enumerate(results, 1):  # noqa: B007 (`so_far` says it)
@@ -201,8 +198,14 @@ def _caption(
             for code, prediction in mine.items():
                 by[code or ANY].append(prediction)
     if len(bad) == count:
-        raise ValueError(f"not one of {counted(count, 'picture')} can be used; the first: {next(iter(bad.values()))}")
+        raise ValueError(f"not one of {counted(count, unit)} can be used; the first: {next(iter(bad.values()))}")
     return {code: sorted(some, key=lambda p: p.index) for code, some in by.items()}, bad
+
+
+def _unit(pairs: "Pairs", count: int) -> str:
+    """What the first so many of a split are: pictures, or questions, several of which may be about one."""
+    asked = any(caption.question for i in range(count) for caption in pairs.captions(i)[:1])
+    return "question" if asked else "picture"
 
 
 def _load(args: argparse.Namespace, device: str | None) -> "ImageCaptioner":

@@ -197,8 +197,8 @@ class CaptionData(DataModule):
             self.pairs(split), self.tokenizer, self.max_len, mark=self.add_image_tokens, opening=self._opening
         )
         if rows.asked and self.processor is None:
-            what = "%s: left out, as the model is trained without prompts: questions about %d of %s"
-            _log.warning(what, split, rows.asked, counted(len(rows), "picture"))
+            what = "%s: left out, as the model is trained without prompts: %s"
+            _log.warning(what, split, counted(rows.asked, "question"))
         if rows.cut:
             _log.warning(
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -217,7 +217,8 @@ class CaptionData(DataModule):
 
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
-        return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad_fraction)
+        unit = "question" if self.rows(split).asked else self.unit
+        return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad_fraction, unit)
 
     def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""

@@ -136,7 +136,8 @@ def check(
     report, describe = getattr(pairs, "report", None), getattr(pairs, "describe", None)
     splits = {name: pairs.split(name) for name in pairs.splits()}
     captions = {name: [split.captions(i) for i in range(len(split))] for name, split in splits.items()}
-    looked = _look(splits, threads or min(8, os.cpu_count() or 1), progress)
+    pictures = {name: _pictures(split, captions[name]) for name, split in splits.items()}
+    looked = _look(splits, pictures, threads or min(8, os.cpu_count() or 1), progress)
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(report, max_bad_fraction) if isinstance(report, Report) else []
@@ -157,7 +158,7 @@ def check(
     ]
     return CheckReport(
         source=said,
-        images={name: _pictures(split, captions[name]) for name, split in splits.items()},
+        images={name: len(some) for name, some in pictures.items()},
         captions={name: sum(map(len, groups)) for name, groups in captions.items()},
         languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
         words=dict(sorted(words.items())),
@@ -176,23 +177,23 @@ class _Looked:
     blank: bool = False
 
 
-def _picture(name: str) -> str:
-    """The name of a picture, without what is asked of it where that is several things."""
-    return name.partition("?")[0]
+def _pictures(split: Pairs, captions: Sequence[Sequence[Caption]]) -> dict[str, int]:
+    """The pictures of a split, each with its first place there; one of which several things are asked is one."""
+    found: dict[str, int] = {}
+    for i, some in enumerate(captions):
+        name = split.name(i)
+        found.setdefault(name.partition("?")[0] if some and some[0].question else name, i)
+    return found
 
 
-def _pictures(split: Pairs, captions: Sequence[Sequence[Caption]]) -> int:
-    """How many pictures a split has; one of which several things are asked is one."""
-    names = (split.name(i) for i in range(len(split)))
-    return len({_picture(n) if some and some[0].question else n for n, some in zip(names, captions, strict=True)})
-
-
-def _look(splits: Mapping[str, Pairs], threads: int, progress: bool) -> list[_Looked]:
+def _look(
+    splits: Mapping[str, Pairs], pictures: Mapping[str, Mapping[str, int]], threads: int, progress: bool
+) -> list[_Looked]:
     """Decodes every picture, a few hundred ahead at most."""
     from tqdm import tqdm
 
-    todo = iter([(name, split, i) for name, split in splits.items() for i in range(len(split))])
-    total = sum(len(split) for split in splits.values())
+    todo = iter([(name, split, *each) for name, split in splits.items() for each in pictures[name].items()])
+    total = sum(map(len, pictures.values()))
     looked: list[_Looked] = []
     with (
         ThreadPoolExecutor(threads) as pool,
@@ -204,8 +205,7 @@ def _look(splits: Mapping[str, Pairs], threads: int, progress: bool) -> list[_Lo
     return looked
 
 
-def _look_at(split: str, pairs: Pairs, i: int) -> _Looked:
-    name = pairs.name(i)
+def _look_at(split: str, pairs: Pairs, name: str, i: int) -> _Looked:
     try:
         image = pairs.image(i)
     except ImageError as error:
@@ -277,8 +277,6 @@ def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[Kind]:
     for image in sorted(looked, key=lambda p: p.split != "train"):
         if image.digest and (known := first.setdefault(image.digest, image)) is not image:
             said = f"{image.split}/{image.name} = {known.split}/{known.name}"
-            if known.split == image.split and _picture(known.name) == _picture(image.name):
-                continue
             (inside if known.split == image.split else across).append(said)
     thin = [
         f"{image.name}: {image.size[0]} x {image.size[1]}"

@@ -125,18 +125,20 @@ class BadImages:
         path: The report, such as "runs/x/bad_images.jsonl".
         total: Pictures in the data set.
         max_fraction: Share of them that may fail; one always may, unless this is 0.
+        unit: What they are, where it is not pictures: questions, several of which may be about one.
     """
 
-    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.01):
+    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.01, unit: str = "picture"):
         self.path = Path(path)
+        self.unit = unit
         self.total = total
         self.max_fraction = max_fraction
         self._seen: set[str] = set()
 
     @classmethod
-    def of_split(cls, folder: Path, split: str, total: int, max_fraction: float) -> "BadImages":
+    def of_split(cls, folder: Path, split: str, total: int, max_fraction: float, unit: str = "picture") -> "BadImages":
         """The report of a split, bad_images_SPLIT.jsonl in a folder."""
-        return cls(folder / f"bad_images_{split}.jsonl", total, max_fraction)
+        return cls(folder / f"bad_images_{split}.jsonl", total, max_fraction, unit)
 
     def record(self, name: str, error: Exception) -> None:
         """Adds a picture to the report, if it isn't there yet.
@@ -162,7 +164,8 @@ class BadImages:
             first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
             share = len(found) / max(1, self.total)
             raise TooManyErrors(
-                f"{len(found):,} of {counted(self.total, 'picture')} can't be read so far ({share:.1%}, more than "
+                f"{'' if self.unit == 'picture' else 'the pictures of '}{len(found):,} of "
+                f"{counted(self.total, self.unit)} can't be read so far ({share:.1%}, more than "
                 f"{self.max_fraction:.1%} allowed by max_bad_fraction). {self.path} names these; `mmt check` reads "
                 f"all pictures and counts the others too. The first:\n"
                 f"{first}\n"

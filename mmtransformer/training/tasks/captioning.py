@@ -189,9 +189,8 @@ class Captioning(Task):
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
         bad = {path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")}
-        lines += [
-            f"{counted(n, 'picture')} could not be read; they are named in {path}" for path, n in bad.items() if n
-        ]
+        unit = "question" if any(data.rows(split).asked for split in data.val_splits) else "picture"
+        lines += [f"{counted(n, unit)} could not be used; they are named in {path}" for path, n in bad.items() if n]
         lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]

@@ -146,7 +146,7 @@ def test_it_is_trained_and_scored_by_its_answers(
 def test_a_model_without_prompts_leaves_them_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = CaptionData(answers(tmp_path / "pairs"), batch_size=4, max_len=20, vocab_size=300)
     rows = data.rows("train")
-    said = f"left out, as the model is trained without prompts: questions about {len(rows)} of {len(rows)} pictures"
+    said = f"left out, as the model is trained without prompts: {len(rows)} questions"
     assert said in caplog.text
 
 
@@ -163,3 +163,32 @@ def test_a_model_without_prompts_learns_the_first_answers_alone(
     assert [caption.text for group in rows.captions for caption in group] == ["a star"] * len(rows)
     assert f"left out, as the model reads no prompts: {len(rows)} answers to later turns" in caplog.text
     assert len(data.source.split("train")) == 2 * len(rows)
+
+
+def test_what_is_wrong_is_counted_in_pictures_by_check_and_in_questions_where_they_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    base, root = blip_vqa(tmp_path / "base"), answers(tmp_path / "pairs", 12)
+    split = {i: "val" if i > 8 else "train" for i in range(12)}
+    lines = (root / "vqa.csv").read_text().splitlines()
+    told = [f"{line},{split[int(line.split('.')[0])]}" for line in lines[1:]]
+    (root / "vqa.csv").write_text("\n".join([f"{lines[0]},split", *told]) + "\n")
+    for i in (2, 10):
+        (root / f"{i}.png").write_bytes((root / f"{i}.png").read_bytes()[:70])
+    code, out, _ = mmt(capsys, "check", str(root))
+    assert (code, "corrupt pictures in train: 1 of 9 " in out, "corrupt pictures in val: 1 of 3 " in out) == (
+        1,
+        True,
+        True,
+    )
+    assert out.count(" 2.png: ") == 1
+    words = ["--config", "recipes/finetune_hub.yaml", "--model.init", str(base), "--data.source", str(root)]
+    words += ["--trainer.default_root_dir", str(tmp_path / "run"), *QUICK]
+    code, _, err = mmt(capsys, "fit", *words)
+    assert (code, "the pictures of 2 of 18 questions can't be read so far" in err) == (2, True), err
+    code, out, err = mmt(capsys, "fit", *words, "--data.loader.max_bad_fraction=0.5")
+    assert (code, "2 questions could not be used; they are named in" in out) == (0, True), err
+    args = ["--data", str(root), "--split", "val", "--device", "cpu"]
+    code, _, err = mmt(capsys, "evaluate", "--model", str(tmp_path / "run/model"), *args)
+    assert (code, "2 of 6 questions could not be used" in err) == (1, True), err
