@@ -23,7 +23,7 @@ from mmtransformer.layers.linear import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.untrusted import built_from, said
 from mmtransformer.serialization.weight_files import shapes_in
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -69,7 +69,7 @@ class HFDecoder(Pretrained, Decoder):
         except Exception as error:  # a config that makes no sense brings out almost any
             raise ValueError(
                 f"transformers {transformers.__version__} cannot build a language model of the family "
-                f'"{config.get("model_type")}": {_first_line(error)}'
+                f'"{config.get("model_type")}": {said(error)}'
             ) from error
         self._adopt(model.eval(), max_len)
 
@@ -112,7 +112,7 @@ class HFDecoder(Pretrained, Decoder):
                     dtype=torch.float32,
                 )
         except Exception as error:
-            raise ValueError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+            raise ValueError(f"{folder}: transformers cannot load it: {said(error)}") from error
         faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
         if faults:
             told = "; ".join(f"{name}: {', '.join(found[:5])} ({len(found)} in all)" for name, found in faults.items())
@@ -332,7 +332,3 @@ def _transformers(reason: str = "") -> Any:
         why = f"{reason}. " if reason else ""
         raise ValueError(f"{why}This needs transformers: pip install transformers") from error
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

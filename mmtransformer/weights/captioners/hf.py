@@ -17,7 +17,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import refuse_lora
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.printable import say
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.untrusted import built_from, said
 from mmtransformer.serialization.weight_files import shapes_in
 from mmtransformer.text.conversation import messages_of
 from mmtransformer.text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def load_hf(source: str | Path) -> HFCaptioner:
                 output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # almost any comes out of a folder that makes no sense
-        raise ValueError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+        raise ValueError(f"{folder}: transformers cannot load it: {said(error)}") from error
     if faults := {name: sorted(map(str, found)) for name, found in report.items() if found}:
         told = "; ".join(f"{name}: {', '.join(found[:3])} ({len(found)} in all)" for name, found in faults.items())
         raise ValueError(f"{folder} does not fit transformers' {type(model).__name__}; {told}")
@@ -107,7 +107,7 @@ class HFProcessor(Processor):
             self.hub: Any = transformers.AutoProcessor.from_pretrained(str(folder), **own)
             seq2seq = transformers.AutoConfig.from_pretrained(str(folder), **own).is_encoder_decoder
         except Exception as error:
-            raise ValueError(f"{folder}: transformers cannot build its processor: {_first_line(error)}") from error
+            raise ValueError(f"{folder}: transformers cannot build its processor: {said(error)}") from error
         self.name = f"{folder}: transformers' {type(self.hub).__name__}"
         for part in ("tokenizer", "image_processor"):
             if getattr(self.hub, part, None) is None:
@@ -194,15 +194,15 @@ class HFProcessor(Processor):
         try:
             return self.hub.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs, and raise what they like
-            raise ValueError(f"{self.name}: its chat template: {_first_line(error)}") from error
+            raise ValueError(f"{self.name}: its chat template: {said(error)}") from error
 
-    def _text(self, said: str | None) -> str:
-        said = self.prompt if said is None else said
+    def _text(self, text: str | None) -> str:
+        text = self.prompt if text is None else text
         if self.talks:
-            return self._templated(messages_of(said or ""))
+            return self._templated(messages_of(text or ""))
         mark = getattr(self.hub, "image_token", None)
-        alone = self.kind in _PLAIN or mark is None or mark in (said or "")
-        return (said or "") if alone else f"{mark}{said or ''}"
+        alone = self.kind in _PLAIN or mark is None or mark in (text or "")
+        return (text or "") if alone else f"{mark}{text or ''}"
 
     def _given(self, images: Sequence[Image], texts: Sequence[str | None]) -> tuple[dict[str, Tensor], list[list[int]]]:
         """What the model reads of pictures and texts, and the ids that its decoder begins with besides the first.
@@ -238,7 +238,7 @@ class HFProcessor(Processor):
             return self._called(images=pictures, text=whole, **again)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             remedy = f"; {_ONE}" if len(images) > 1 else ""
-            raise ValueError(f"{self.name}: {_first_line(error)}{remedy}") from error
+            raise ValueError(f"{self.name}: {said(error)}{remedy}") from error
 
     def _called(self, **given: Any) -> Any:
         return self.hub(**given, padding=True, return_tensors="pt")
@@ -258,7 +258,3 @@ def _transformers(kind: Any, folder: Path) -> Any:
     except ImportError as error:
         raise ValueError(f'models of the type "{kind}" run in transformers: pip install transformers') from error
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -5,11 +5,15 @@ In the library positions belong to patches alone; a prefix token's position is a
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
+from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS
 from mmtransformer.weights.shared.keys import export, fill, key_mappings, part
 
 
@@ -101,6 +105,35 @@ def vit_tensors(
     if positions is None or vit.pos_embed is None:
         return source
     return source | {positions: torch.cat((torch.zeros_like(tokens[:, :placed]), vit.pos_embed.detach()), 1)}
+
+
+def tower_facts(vit: ViT, *, patches: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What `only_these` asks of every tower that transformers is to read: blocks, patches, no rotation, no classes.
+
+    Args:
+        vit: the tower.
+        patches: what the other's patches have besides, as arguments of `ViTPatchConfig`.
+        block: what its blocks have besides, as arguments of `ViTBlockConfig`.
+    """
+    own, stem = vit.block, vit.patches
+    block = {"dropout": own.dropout, "drop_path": own.drop_path, **block}
+    return {
+        "num_classes": (vit.num_classes, 0),
+        "activation": (own.activation in SOURCE_ACTIVATIONS, True),
+        "block": (own, ViTBlockConfig(own.activation, own.norm_eps, **block)),
+        "patches": (stem, ViTPatchConfig(stem.in_channels, patch_dropout=stem.patch_dropout, **patches)),
+        "rope": (vit.rope.kind, "none"),
+    }
+
+
+def tower_config(vit: ViT) -> dict[str, Any]:
+    """What the config.json of every such tower says."""
+    return {
+        "patch_size": vit.patch_size,
+        "num_channels": vit.patches.in_channels,
+        "hidden_act": SOURCE_ACTIVATIONS.get(vit.block.activation, vit.block.activation),
+        "layer_norm_eps": vit.block.norm_eps,
+    }
 
 
 def without_parent(state: Mapping[str, Tensor], parents: Sequence[str]) -> Mapping[str, Tensor]:

@@ -14,16 +14,9 @@ from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.processors.transforms import write_transform
-from mmtransformer.weights.shared.configs import (
-    SIZES,
-    SOURCE_ACTIVATIONS,
-    activation_of,
-    only_these,
-    read_sizes,
-    write_sizes,
-)
+from mmtransformer.weights.shared.configs import SIZES, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
-from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, tower_config, tower_facts, vit_tensors
 
 CLIP_TYPES, SIGLIP_TYPES = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
 """`model_type` of the dual encoders, and of their towers alone."""
@@ -66,6 +59,14 @@ def pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def patch_side(config: Mapping[str, Any], context: str) -> int:
+    """The side of a config's patches, which are square in `ViT`."""
+    height, width = pair(config["patch_size"])
+    if height != width:
+        raise ValueError(f"{context} has patches of {height} x {width} px, and ViT square ones")
+    return height
+
+
 def vision_from_clip(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
@@ -96,17 +97,14 @@ def vision_from_clip(
         state = {n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_model.")}
     clip = kind in CLIP_TYPES
     config = {**USUAL[clip], **config}
-    (patch, width), channels = pair(config["patch_size"]), config["num_channels"]
-    if patch != width:
-        raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
     pooled = not clip and bool(config.get("vision_use_head", True))
     vit = ViT(
         pair(config["image_size"]),
-        patch,
+        patch_side(config, context),
         **read_sizes(config, TOWER_SIZES, context),
         class_token=clip,
         pool="class" if clip else "attention" if pooled else "mean",
-        patches=ViTPatchConfig(channels, bias=not clip, pre_norm=clip),
+        patches=ViTPatchConfig(config["num_channels"], bias=not clip, pre_norm=clip),
         block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
         output=ViTOutputConfig(norm if clip else "tokens"),
     )
@@ -126,26 +124,18 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if this tower has parts that neither has.
     """
-    clip, block = vit.class_token, vit.block
+    clip = vit.class_token
     name = "CLIP's vision tower" if clip else "SigLIP's vision tower"
-    same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
-    patches = ViTPatchConfig(
-        vit.patches.in_channels, bias=not clip, pre_norm=clip, patch_dropout=vit.patches.patch_dropout
-    )
     norm = "tokens" if vit.output.norm == "tokens" or not clip else "pooled"
     only_these(
         name,
         {
             "num_registers": (vit.num_registers, 0),
-            "num_classes": (vit.num_classes, 0),
-            "activation": (block.activation in SOURCE_ACTIVATIONS, True),
-            "block": (block, same),
-            "patches": (vit.patches, patches),
             "output": (vit.output, ViTOutputConfig(norm)),
-            "rope": (vit.rope.kind, "none"),
             "pool": (vit.pool, "class" if clip else "mean" if vit.attn_pool is None else "attention"),
             "image_size": (vit.image_size, (vit.image_size[0],) * 2),
-        },
+        }
+        | tower_facts(vit, patches={"bias": not clip, "pre_norm": clip}, block={}),
     )
     tensors = vit_tensors(vit, _keys(vit), name, positions=POSITIONS, prefix=[CLASS] * clip)
     tensors[POSITIONS] = tensors[POSITIONS][0]
@@ -155,10 +145,7 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_type": "clip_vision_model" if clip else "siglip_vision_model",
         **write_sizes(vit, TOWER_SIZES),
         "image_size": vit.image_size[0],
-        "patch_size": vit.patch_size,
-        "num_channels": vit.patches.in_channels,
-        "hidden_act": SOURCE_ACTIVATIONS.get(block.activation, block.activation),
-        "layer_norm_eps": block.norm_eps,
+        **tower_config(vit),
     }
     return config if clip else config | {"vision_use_head": vit.attn_pool is not None}, tensors
 

@@ -18,8 +18,8 @@ from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.processors.transforms import write_transform
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only, only_these
 from mmtransformer.weights.shared.folders import write_folder
-from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_parent
-from mmtransformer.weights.vision.clip import pair
+from mmtransformer.weights.shared.vit import fill_vit, tower_config, tower_facts, vit_tensors, without_parent
+from mmtransformer.weights.vision.clip import pair, patch_side
 
 DINO_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Their `model_type`s."""
@@ -85,9 +85,7 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     if (kind := config.get("model_type")) not in DINO_TYPES:
         raise ValueError(f'{context}: the vision encoder is a "{kind}", not one of {", ".join(DINO_TYPES)}')
     config = {**_USUAL[kind], **config}
-    (patch, width), dim, third = pair(config["patch_size"]), config["hidden_size"], kind == "dinov3_vit"
-    if patch != width:
-        raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
+    patch, dim, third = patch_side(config, context), config["hidden_size"], kind == "dinov3_vit"
     image_size, registers = pair(config["image_size"]), config["num_register_tokens"]
     if third:
         gated, mlp_dim = bool(config.get("use_gated_mlp")), config["intermediate_size"]
@@ -159,16 +157,11 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     block, third, gated = vit.block, vit.rope.kind != "none", vit.block.activation == "swiglu"
     kind = "dinov3_vit" if third else "dinov2_with_registers" if vit.num_registers else "dinov2"
     name = f"transformers' {kind}"
-    same = ViTBlockConfig(
-        block.activation, block.norm_eps, layer_scale=block.layer_scale, dropout=0.0 if third else block.dropout,
-        drop_path=block.drop_path, qkv_bias=block.qkv_bias,
-    )  # fmt: skip
-    patches = ViTPatchConfig(
-        vit.patches.in_channels,
-        positions="none" if third else "learned",
-        patch_dropout=vit.patches.patch_dropout,
-        pos_embed=ViTPosEmbedConfig() if third else _table(kind, vit.patches.pos_embed.grid),
-    )
+    same = {"layer_scale": block.layer_scale, "qkv_bias": block.qkv_bias} | ({"dropout": 0.0} if third else {})
+    patches = {
+        "positions": "none" if third else "learned",
+        "pos_embed": ViTPosEmbedConfig() if third else _table(kind, vit.patches.pos_embed.grid),
+    }
     wanted = _swiglu_dim if gated else int
     ratio = next((r for r in range(1, 33) if wanted(r * vit.dim) == vit.mlp_dim), None)
     rows, columns = vit.table_grid
@@ -179,15 +172,15 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         {
             "class_token": (vit.class_token, True),
             "pool": (vit.pool, "class"),
-            "num_classes": (vit.num_classes, 0),
-            "activation": (gated or block.activation in SOURCE_ACTIVATIONS, True),
             "layer_scale": (block.layer_scale is None, False),
-            "block": (block, same),
-            "patches": (vit.patches, patches),
             "output": (vit.output, ViTOutputConfig()),
-            "rope": (vit.rope, ViTRopeConfig("centered", vit.rope.theta) if third else ViTRopeConfig()),
             "image_size": (third or square, True),
             "mlp_dim": (third or ratio is not None, True),
+        }
+        | tower_facts(vit, patches=patches, block=same)
+        | {
+            "activation": (gated or block.activation in SOURCE_ACTIVATIONS, True),
+            "rope": (vit.rope, ViTRopeConfig("centered", vit.rope.theta) if third else ViTRopeConfig()),
         },
     )
     keys = (_V3 | (_V3_GATED if gated else _V3_PLAIN)) if third else _V2_FILE
@@ -201,10 +194,8 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "num_hidden_layers": vit.depth,
         "num_attention_heads": vit.num_heads,
         "image_size": size[0] if square else list(size),
-        "patch_size": vit.patch_size,
-        "num_channels": vit.patches.in_channels,
+        **tower_config(vit),
         "hidden_act": SOURCE_ACTIVATIONS.get(activation, activation),
-        "layer_norm_eps": block.norm_eps,
     }
     if kind != "dinov2":
         config["num_register_tokens"] = vit.num_registers

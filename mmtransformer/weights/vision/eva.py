@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig
-from mmtransformer.weights.shared.configs import SIZES, read_sizes, write_sizes
+from mmtransformer.weights.shared.configs import read_sizes, write_sizes
 from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
+from mmtransformer.weights.vision.clip import TOWER_SIZES, pair, patch_side
 
 _KEYS = {
     "vision_model.embeddings.patch_embedding": "patch_embed.proj",
@@ -19,9 +20,6 @@ _KEYS = {
     "vision_model.encoder.layers.*.self_attn.projection": "blocks.*.attn.out_proj",
     "vision_model.encoder.layers.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
     "vision_model.post_layernorm": "norm",
-}
-_SIZES = {
-    name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 }
 _POSITIONS, _CLASS = "vision_model.embeddings.position_embedding", "vision_model.embeddings.class_embedding"
 
@@ -43,9 +41,9 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
             f"only gelu and qkv_bias are known here"
         )
     vit = ViT(
-        _pair(config["image_size"]),
-        _pair(config["patch_size"])[0],
-        **read_sizes(config, _SIZES, context),
+        pair(config["image_size"]),
+        patch_side(config, context),
+        **read_sizes(config, TOWER_SIZES, context),
         block=ViTBlockConfig(norm_eps=config["layer_norm_eps"]),
     )
     return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
@@ -73,14 +71,10 @@ def vision_to_blip2(vit: ViT, family: str = "BLIP-2") -> tuple[dict[str, Any], d
         raise ValueError(f"{family}'s vision tower has {', '.join(differs)}")
     tensors = vit_tensors(vit, _KEYS, f"{family}'s vision tower", positions=_POSITIONS, prefix=[_CLASS])
     config = {
-        **write_sizes(vit, _SIZES),
+        **write_sizes(vit, TOWER_SIZES),
         "image_size": vit.image_size[0],
         "patch_size": vit.patch_size,
         "hidden_act": "gelu",
         "layer_norm_eps": vit.block.norm_eps,
     }
     return config, tensors
-
-
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

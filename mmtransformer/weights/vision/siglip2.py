@@ -16,10 +16,10 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.processors.transforms import write_transform
-from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
+from mmtransformer.weights.shared.configs import activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
-from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_parent
-from mmtransformer.weights.vision.clip import POSITIONS, SIGLIP, TOWER_SIZES, USUAL, pair
+from mmtransformer.weights.shared.vit import fill_vit, tower_config, tower_facts, vit_tensors, without_parent
+from mmtransformer.weights.vision.clip import POSITIONS, SIGLIP, TOWER_SIZES, USUAL, patch_side
 
 SIGLIP2_TYPES = ("siglip2", "siglip2_vision_model")
 """`model_type` of the dual encoder, and of its tower alone."""
@@ -47,9 +47,7 @@ def vision_from_siglip2(config: Mapping[str, Any], state: Mapping[str, Tensor], 
         config = config.get("vision_config") or {}
     state = without_parent(state, ("vision_model.",))
     config = {"num_patches": 256, **USUAL[False], **config}
-    (patch, width), side = pair(config["patch_size"]), math.isqrt(config["num_patches"])
-    if patch != width:
-        raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
+    patch, side = patch_side(config, context), math.isqrt(config["num_patches"])
     vit = ViT(
         side * patch,
         patch,
@@ -75,26 +73,16 @@ def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if this tower has parts that it has not.
     """
-    name, block, side = "SigLIP 2's NaFlex tower", vit.block, vit.table_grid[0]
-    same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
+    name, side = "SigLIP 2's NaFlex tower", vit.table_grid[0]
     only_these(
         name,
         {
             "class_token": (vit.class_token, False),
             "num_registers": (vit.num_registers, 0),
-            "num_classes": (vit.num_classes, 0),
-            "activation": (block.activation in SOURCE_ACTIVATIONS, True),
-            "block": (block, same),
-            "patches": (
-                vit.patches,
-                ViTPatchConfig(
-                    vit.patches.in_channels, patch_dropout=vit.patches.patch_dropout, pos_embed=_table(side)
-                ),
-            ),
             "output": (vit.output, ViTOutputConfig()),
-            "rope": (vit.rope.kind, "none"),
             "pool": (vit.pool, "mean" if vit.attn_pool is None else "attention"),
-        },
+        }
+        | tower_facts(vit, patches={"pos_embed": _table(side)}, block={}),
     )
     tensors = vit_tensors(vit, SIGLIP, name, positions=POSITIONS)
     tensors[POSITIONS] = tensors[POSITIONS][0]
@@ -103,10 +91,7 @@ def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_type": "siglip2_vision_model",
         **write_sizes(vit, TOWER_SIZES),
         "num_patches": side * side,
-        "patch_size": vit.patch_size,
-        "num_channels": vit.patches.in_channels,
-        "hidden_act": SOURCE_ACTIVATIONS.get(block.activation, block.activation),
-        "layer_norm_eps": block.norm_eps,
+        **tower_config(vit),
         "vision_use_head": vit.attn_pool is not None,
     }
     return config, tensors

@@ -14,10 +14,10 @@ from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.processors.transforms import write_transform
-from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
+from mmtransformer.weights.shared.configs import activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
-from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_parent
-from mmtransformer.weights.vision.clip import TOWER_SIZES, pair
+from mmtransformer.weights.shared.vit import fill_vit, tower_config, tower_facts, vit_tensors, without_parent
+from mmtransformer.weights.vision.clip import TOWER_SIZES, pair, patch_side
 
 VIT_TYPES = ("vit", "deit")
 """Their `model_type`s."""
@@ -59,15 +59,12 @@ def vision_from_vit(config: Mapping[str, Any], state: Mapping[str, Tensor], cont
     if (kind := config.get("model_type")) not in VIT_TYPES:
         raise ValueError(f'{context}: the vision encoder is a "{kind}", not one of {", ".join(VIT_TYPES)}')
     distilled, config = kind == "deit", {**_USUAL, **config}
-    (patch, width), channels = pair(config["patch_size"]), config["num_channels"]
-    if patch != width:
-        raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
     vit = ViT(
         pair(config["image_size"]),
-        patch,
+        patch_side(config, context),
         **read_sizes(config, TOWER_SIZES, context),
         num_registers=int(distilled),
-        patches=ViTPatchConfig(channels),
+        patches=ViTPatchConfig(config["num_channels"]),
         block=ViTBlockConfig(
             activation_of(config, "hidden_act", context),
             config["layer_norm_eps"],
@@ -89,23 +86,16 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if this tower has parts that neither has.
     """
-    block, distilled = vit.block, vit.num_registers == 1
+    distilled = vit.num_registers == 1
     name = "transformers' DeiT" if distilled else "transformers' ViT"
-    same = ViTBlockConfig(
-        block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path, qkv_bias=block.qkv_bias
-    )
     only_these(
         name,
         {
             "class_token": (vit.class_token, True),
             "num_registers": (vit.num_registers, int(distilled)),
-            "num_classes": (vit.num_classes, 0),
-            "activation": (block.activation in SOURCE_ACTIVATIONS, True),
-            "block": (block, same),
-            "patches": (vit.patches, ViTPatchConfig(vit.patches.in_channels, patch_dropout=vit.patches.patch_dropout)),
             "output": (vit.output, ViTOutputConfig()),
-            "rope": (vit.rope.kind, "none"),
-        },
+        }
+        | tower_facts(vit, patches={}, block={"qkv_bias": vit.block.qkv_bias}),
     )
     tensors = vit_tensors(vit, _BOTH | _FILE, name, positions=_POSITIONS, prefix=_PREFIX[: 1 + distilled])
     pooler = (torch.zeros(vit.dim, vit.dim, dtype=vit.dtype), torch.zeros(vit.dim, dtype=vit.dtype))
@@ -114,12 +104,9 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_type": "deit" if distilled else "vit",
         **write_sizes(vit, TOWER_SIZES),
         "image_size": vit.image_size[0] if vit.image_size[0] == vit.image_size[1] else list(vit.image_size),
-        "patch_size": vit.patch_size,
-        "num_channels": vit.patches.in_channels,
-        "hidden_act": SOURCE_ACTIVATIONS.get(block.activation, block.activation),
-        "layer_norm_eps": block.norm_eps,
-        "hidden_dropout_prob": block.dropout,
-        "qkv_bias": block.qkv_bias,
+        **tower_config(vit),
+        "hidden_dropout_prob": vit.block.dropout,
+        "qkv_bias": vit.block.qkv_bias,
     }
     return config, tensors
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_captioned_is_named(tmp_path: Path, capsys: pytest.Captur
         "{% for m in messages %}{{ m['content'] }}{% endfor %}": "a chat template without a place for pictures",
         "{% for m in messages %}{{ 'user: ' + m['content'] }}{% endfor %}": "its chat template: can only concatenate",
         "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}": "a chat template without a place for",
-        "{% for m in messages %}": "its chat template: Unexpected end of template",
+        "{% for m in messages %}": "its chat template: TemplateSyntaxError: Unexpected end",
         shown: "Found total 0 <image_placeholder> tokens and 1 images",
     }
     folder = tmp_path / "other"
