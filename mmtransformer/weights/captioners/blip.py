@@ -18,7 +18,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_config, read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import (
     cross_encoder_from_bert,
@@ -142,7 +142,7 @@ def load_blip(source: str | Path) -> Blip:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, blip_from_state, "blip")
+    return model_from_folder(source, blip_from_state, "blip")
 
 
 class BlipProcessor(Processor):

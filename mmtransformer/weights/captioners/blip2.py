@@ -23,7 +23,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_config, read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.lm import decoder_from_state, lm_to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
@@ -208,7 +208,7 @@ def load_blip2(source: str | Path) -> Blip2 | Blip2QFormer:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, blip2_from_state, *_TYPES)
+    return model_from_folder(source, blip2_from_state, *_TYPES)
 
 
 def _whole(config: dict[str, Any], context: str) -> dict[str, Any]:

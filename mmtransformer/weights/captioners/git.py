@@ -24,7 +24,7 @@ from mmtransformer.weights.shared.configs import (
     read_sizes,
     write_sizes,
 )
-from mmtransformer.weights.shared.folders import read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
 
@@ -143,7 +143,7 @@ def load_git(source: str | Path) -> Git:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, git_from_state, "git")
+    return model_from_folder(source, git_from_state, "git")
 
 
 def save_git(model: Git, folder: str | Path) -> None:

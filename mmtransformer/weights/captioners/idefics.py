@@ -26,7 +26,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
@@ -237,7 +237,7 @@ def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, partial(idefics_from_state, visible_images=visible_images), "idefics")
+    return model_from_folder(source, partial(idefics_from_state, visible_images=visible_images), "idefics")
 
 
 class IdeficsProcessor(Processor):

@@ -21,7 +21,7 @@ from mmtransformer.weights.captioners.parts.language_model import language_model
 from mmtransformer.weights.processors.chat import ChatProcessor, GridBatch, tiles_together
 from mmtransformer.weights.processors.pixels import read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
-from mmtransformer.weights.shared.folders import read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
@@ -124,7 +124,7 @@ def load_idefics3(source: str | Path) -> Llava:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, idefics3_from_state, *_CLASSES)
+    return model_from_folder(source, idefics3_from_state, *_CLASSES)
 
 
 class Idefics3Processor(ChatProcessor):

@@ -22,7 +22,7 @@ from mmtransformer.weights.captioners.parts.language_model import language_model
 from mmtransformer.weights.processors.chat import ChatProcessor, tiles_together
 from mmtransformer.weights.processors.pixels import read_pixels, read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
-from mmtransformer.weights.shared.folders import read_config, read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
@@ -193,7 +193,7 @@ def load_llava(source: str | Path) -> Llava:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, llava_from_state, *_USUAL)
+    return model_from_folder(source, llava_from_state, *_USUAL)
 
 
 class LlavaProcessor(ChatProcessor):

@@ -20,7 +20,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 from mmtransformer.weights.text.gemma import decoder_to_gemma, gemma_of
 from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
@@ -112,7 +112,7 @@ def load_paligemma(source: str | Path) -> PaliGemma:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, paligemma_from_state, "paligemma")
+    return model_from_folder(source, paligemma_from_state, "paligemma")
 
 
 def save_paligemma(model: PaliGemma, folder: str | Path) -> None:

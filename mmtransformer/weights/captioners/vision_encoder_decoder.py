@@ -16,7 +16,7 @@ from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only
-from mmtransformer.weights.shared.folders import read_config, read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, read_config, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
@@ -120,7 +120,7 @@ def load_vision_encoder_decoder(source: str | Path) -> VisionEncoderDecoder:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    return read_folder(source, vision_encoder_decoder_from_state, _TYPE)
+    return model_from_folder(source, vision_encoder_decoder_from_state, _TYPE)
 
 
 def _parts(config: dict[str, Any], context: str) -> tuple[dict[str, Any], dict[str, Any]]:

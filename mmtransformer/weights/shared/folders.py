@@ -101,7 +101,9 @@ def _places(folder: Path, index: Path) -> dict[str, str]:
     return places
 
 
-def read_folder(source: str | Path, read: Callable[[dict[str, Any], dict[str, Tensor], str], T], *kinds: str) -> T:
+def model_from_folder(
+    source: str | Path, read: Callable[[dict[str, Any], dict[str, Tensor], str], T], *kinds: str
+) -> T:
     """A model from a folder as hubs have it, or the name of a hub's repository.
 
     Args:

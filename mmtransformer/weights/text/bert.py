@@ -18,7 +18,7 @@ from mmtransformer.weights.shared.configs import (
     read_sizes,
     write_sizes,
 )
-from mmtransformer.weights.shared.folders import read_folder, write_folder
+from mmtransformer.weights.shared.folders import model_from_folder, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested
 
 _STACK = {
@@ -231,7 +231,7 @@ def load_bert(source: str | Path) -> TextEncoder:
     folder = find_folder(source)
     if "class" in read_json(folder / CONFIG):
         return TextEncoder.from_pretrained(folder)
-    return read_folder(folder, encoder_from_bert, "bert")
+    return model_from_folder(folder, encoder_from_bert, "bert")
 
 
 def save_bert(encoder: TextEncoder, folder: str | Path) -> None:
