@@ -18,7 +18,7 @@ from mmtransformer.layers.modes import freeze as freeze_module
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.model_kinds import with_article
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, Pretrained, find_folder, load_strictly, read_json
-from mmtransformer.serialization.untrusted import built_from, settings_of
+from mmtransformer.serialization.untrusted import built_from, said, settings_of
 from mmtransformer.serialization.weight_files import read_safetensors
 from mmtransformer.weights.processors.transforms import take_transform
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
@@ -206,8 +206,7 @@ def _from_name(name: str) -> ViT:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"timm could not load {name}: {reason}. Without a network, give a folder instead") from error
+        raise ValueError(f"timm could not load {name}: {said(error)}. Without a network, give a folder") from error
 
 
 def _loading() -> list[str]:
