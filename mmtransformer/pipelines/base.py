@@ -252,6 +252,20 @@ def public_family(folder: Path) -> "Family | None":
     return captioner_family(folder)
 
 
+def refuse_public(folder: Path) -> None:
+    """Refuses the folder of a public model, where a model of this library is wanted, and says what reads it.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if "class" in folder_config(folder):
+        return
+    from mmtransformer.weights.captioner_folders import readers_of
+
+    if readers := readers_of(folder):
+        raise ValueError(f"{folder} holds a public model, which is read by {', and by '.join(readers)}")
+
+
 def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
     """How a saved model searches; the default, if its folder does not say.
 

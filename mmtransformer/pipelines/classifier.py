@@ -20,6 +20,7 @@ from mmtransformer.pipelines.base import (
     listed,
     pick_device,
     read_transform,
+    refuse_public,
     write_card,
     write_json,
 )
@@ -146,7 +147,7 @@ class ImageClassifier(Pipeline[ViT]):
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(name_or_path)
+        folder = find_folder(name_or_path, look=refuse_public)
         if not (folder / CLASSES).is_file():
             ViT.from_pretrained(folder)  # of another model it says what that is for
             raise ValueError(f"{folder}: a ViT without {CLASSES}, the names of its classes; vit_classify leaves both")

@@ -27,6 +27,7 @@ from mmtransformer.pipelines.base import (
     in_batches,
     pick_device,
     read_transform,
+    refuse_public,
     settings_for,
     texts_of,
     write_card,
@@ -259,7 +260,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(name_or_path)
+        folder = find_folder(name_or_path, look=refuse_public)
         model = TextToImageModel.from_pretrained(folder)  # first, as it says which other model a folder holds
         settings = settings_of(ImageGenerationConfig, read_json(folder / GENERATION), str(folder / GENERATION))
         return cls(

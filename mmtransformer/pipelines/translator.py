@@ -22,6 +22,7 @@ from mmtransformer.pipelines.base import (
     in_batches,
     pick_device,
     read_generation,
+    refuse_public,
     texts_of,
     write_card,
     write_json,
@@ -151,7 +152,7 @@ class Translator(Pipeline[Transformer]):
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(name_or_path)
+        folder = find_folder(name_or_path, look=refuse_public)
         model = Transformer.from_pretrained(folder)
         generation = read_generation(folder / GENERATION, PAPER)
         found = cls(model, Tokenizer.from_pretrained(folder), generation=generation, device=device)

@@ -102,7 +102,7 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     """
     if not isinstance(config, dict) or set(config) != {"class", "args"} or not isinstance(config["args"], dict):
         kind = config.get("model_type") if isinstance(config, dict) else None
-        other = f"; of transformers ({kind}): ImageCaptioner, ImageTextEmbedder and load_vit read it" if kind else ""
+        other = f"; this one is of transformers ({kind}): docs/weights.md has what reads which" if kind else ""
         raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}{other}')
     name = config["class"]
     found = _public(name) or imported_class(name, Pretrained)

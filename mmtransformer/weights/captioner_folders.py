@@ -68,6 +68,20 @@ def captioner_family(folder: Path) -> Family | None:
     raise ValueError(f"{folder / CONFIG}: {what}; captioners are {known}, and transformers' others")
 
 
+def readers_of(folder: Path) -> list[str]:
+    """What reads the public model that a folder holds, by its config.json; nothing where it is of no known kind."""
+    config = folder_config(folder)
+    kind, family = config.get("model_type"), FAMILIES.get(family_of(config) or "")
+    found = []
+    if kind in DUAL_ENCODER_TYPES or (kind == "open_clip" and family is None):
+        found.append("ImageTextEmbedder (`mmt search`), whose classify(images, labels) takes classes by their names")
+    if is_adapter(config) or kind in hf_types() or (family is not None and family.processor is not None):
+        found.append("ImageCaptioner (`mmt caption`)")
+    elif family is not None:
+        found.append(f"{family.load.__name__} of mmtransformer.weights")
+    return found
+
+
 def open_captioner(
     folder: Path,
     options: HubOptions = HubOptions(),  # noqa: B008 (frozen)

@@ -1,5 +1,7 @@
 """What all pipelines' calls have in common: settings without effect, things of another kind, and how each is shown."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from mmtransformer import (
     GenerationConfig,
     ImageCaptioner,
     ImageClassifier,
+    ImageGenerator,
     ImageTextEmbedder,
     ImageTransform,
     TextDecoder,
@@ -84,3 +87,23 @@ def test_texts_are_texts(words: Tokenizer, texts: Any) -> None:
         with pytest.raises(ValueError, match="texts must be a text, or a list of them, not 3"):
             call()
     assert embedder(words).encode_texts(iter(["a", "b"])).shape == torch.Size([2, 13])  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("config", "reader"),
+    [
+        ({"model_type": "clip"}, "ImageTextEmbedder (`mmt search`), whose classify(images, labels) takes classes by"),
+        ({"model_type": "siglip2"}, "ImageTextEmbedder (`mmt search`), whose classify"),
+        ({"model_type": "blip-2"}, "by ImageCaptioner (`mmt caption`)"),
+        ({"model_type": "clip_vision_model"}, "by load_vit of mmtransformer.weights"),
+        ({"model_type": "gpt2"}, "by load_lm of mmtransformer.weights"),
+        ({"model_type": "bert"}, "by load_bert of mmtransformer.weights"),
+    ],
+)
+def test_a_public_model_names_what_reads_it(config: dict[str, str], reader: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for pipeline in (ImageClassifier, ImageGenerator, Translator):
+        with pytest.raises(ValueError, match="holds a public model, which is read by") as error:
+            pipeline.from_pretrained(tmp_path)
+        assert reader in str(error.value)
+        assert ("ImageCaptioner" in str(error.value)) == ("ImageCaptioner" in reader)

@@ -360,7 +360,7 @@ def edit(folder: Path, change: Any) -> None:
         (lambda c: c.pop("args"), "a model is described by"),
         (lambda c: c.update({"args": [1]}), "a model is described by"),
         (lambda c: c.update({"more": 1}), "a model is described by"),
-        (lambda c: c.update({"model_type": "blip"}), r"of transformers \(blip\): ImageCaptioner"),
+        (lambda c: c.update({"model_type": "blip"}), r"of transformers \(blip\): docs/weights.md"),
     ],
 )
 def test_a_config_that_is_wrong_is_refused(tmp_path: Path, change: Any, message: str) -> None:
