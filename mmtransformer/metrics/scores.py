@@ -13,6 +13,7 @@ from mmtransformer.metrics.cider import cider_d
 from mmtransformer.metrics.diversity import diversity
 from mmtransformer.metrics.ptb import tokenize
 from mmtransformer.metrics.rouge import rouge_l
+from mmtransformer.metrics.vqa import vqa_accuracy
 from mmtransformer.serialization.printable import counted
 
 
@@ -30,17 +31,21 @@ class Score(NamedTuple):
     each: Callable[[list[str], list[list[str]]], float] | None = None
 
 
-TABLE = {f"bleu_{n}": Score(f"BLEU-{n}") for n in range(1, 5)} | {
-    "rouge_l": Score("ROUGE-L", each=rouge_l),
-    "cider_d": Score("CIDEr-D"),
-    "meteor": Score("METEOR"),
-    "spice": Score("SPICE"),
-    "distinct_1": Score("distinct-1 %"),
-    "distinct_2": Score("distinct-2 %"),
-    "repeated": Score("repeated %"),
-    "vocabulary": Score("vocabulary", 1),
-    "mean_length": Score("mean length", 1),
-}
+TABLE = (
+    {"vqa_accuracy": Score("VQA accuracy")}
+    | {f"bleu_{n}": Score(f"BLEU-{n}") for n in range(1, 5)}
+    | {
+        "rouge_l": Score("ROUGE-L", each=rouge_l),
+        "cider_d": Score("CIDEr-D"),
+        "meteor": Score("METEOR"),
+        "spice": Score("SPICE"),
+        "distinct_1": Score("distinct-1 %"),
+        "distinct_2": Score("distinct-2 %"),
+        "repeated": Score("repeated %"),
+        "vocabulary": Score("vocabulary", 1),
+        "mean_length": Score("mean length", 1),
+    }
+)
 """All scores, as they are printed."""
 
 HEADLINE = ("bleu_4", "cider_d", "rouge_l")
@@ -66,8 +71,8 @@ class CaptionScores:
     Args:
         values: Score by name: ``bleu_1`` ... ``bleu_4``, ``rouge_l``, ``meteor``, ``spice`` as fractions of
             1, ``cider_d`` as the official tool gives it (0 to 10), and ``distinct_1``, ``distinct_2``,
-            ``repeated``, ``vocabulary``, ``mean_length``. A text in place of a number is "not computed: "
-            and the reason.
+            ``repeated``, ``vocabulary``, ``mean_length``; of answers ``vqa_accuracy``, too. A text in place of a
+            number is "not computed: " and the reason.
         intervals: The 95 % bootstrap interval of each score that has one.
         per_image: Scores of each picture by name (BLEU of one caption is smoothed and says little).
         references: References a picture, on average.
@@ -110,9 +115,8 @@ class CaptionScores:
 
     def table(self) -> str:
         """Return the scores as lines of text, times 100 as papers print them."""
-        lines = [
-            f"{counted(len(self.per_image), 'picture')}, {self.references:.1f} references each, counted in {self.unit}s"
-        ]
+        scored = counted(len(self.per_image), "question" if "vqa_accuracy" in self.values else "picture")
+        lines = [f"{scored}, {self.references:.1f} references each, counted in {self.unit}s"]
         if self.cut:
             some = ", ".join(map(repr, self.cut[:5])) + (", ..." if len(self.cut) > 5 else "")
             lines.append(
@@ -140,6 +144,7 @@ def score_captions(
     meteor: bool | Literal["auto"] = "auto",
     spice: bool | Literal["auto"] = "auto",
     unit: Literal["word", "character"] = "word",
+    answers: bool = False,
 ) -> CaptionScores:
     """Score one caption a picture against its references.
 
@@ -159,6 +164,7 @@ def score_captions(
             missing, False leaves it out. It takes 5 to 10 s, so leave it out of validation during training.
         spice: As ``meteor``; it takes minutes and needs jars that pycocoevalcap does not bring.
         unit: Count words or characters.
+        answers: Whether they are answers to questions, whose accuracy is then scored too (`vqa_accuracy`).
 
     Returns:
         The scores.
@@ -186,6 +192,10 @@ def score_captions(
             if score.each is not None
         ),
     ]
+    if answers:
+        parts.append(
+            _means("vqa_accuracy", np.array([vqa_accuracy(candidates[name], references[name]) for name in names]))
+        )
     reasons: dict[str, float | str] = {}
     texts = [" ".join(words) for words in mine], [[" ".join(words) for words in refs] for refs in theirs]
     for name, wanted, compute in (("meteor", meteor, _meteor), ("spice", spice, _spice)):
@@ -212,7 +222,7 @@ def score_captions(
     each = combine(statistics)
     ends = bootstrap_intervals(statistics, combine, n_resamples=n_resamples, seed=seed) if n_resamples else ((), ())
     return CaptionScores(
-        values={name: values[name] for name in TABLE},
+        values={name: values[name] for name in TABLE if name in values},
         intervals={name: (float(low), float(high)) for name, low, high in zip(scored, *ends)},
         per_image={name: dict(zip(scored, row, strict=True)) for name, row in zip(names, each.tolist())},
         references=sum(map(len, theirs)) / len(theirs),

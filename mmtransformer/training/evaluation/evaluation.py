@@ -201,6 +201,7 @@ def _score(
         n_resamples=0 if isinstance(pairs, SceneSplit) else n_resamples,
         meteor="auto" if english and not isinstance(pairs, SceneSplit) else False,
         spice=False,
+        answers=all(caption.question for p in predictions for caption in pairs.captions(p.index)[:1]),
     )
     if not english:
         scores.values["meteor"] = f'not computed: it knows English, and these captions are "{code}"'

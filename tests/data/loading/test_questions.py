@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,9 @@ def test_it_is_trained_and_scored_by_its_answers(
     code, _, err = mmt(capsys, *hint)
     assert code == 0, err
     args = ["--data", str(root), "--split", "val", "--device", "cpu", "--captions-out", str(out), "--batch-size", "3"]
-    code, _, err = mmt(capsys, "evaluate", "--model", str(run / "model"), *args, "--num-beams", "2")
+    code, told, err = mmt(capsys, "evaluate", "--model", str(run / "model"), *args, "--num-beams", "2")
     assert code == 0, err
+    assert re.search(r"^val: \d+ questions?, .*\nVQA accuracy +\d", told, re.MULTILINE)
     model = load(run / "model")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     said = [line for line in lines if "name" in line or "image" in line]
