@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from mmtransformer import ImageCaptioner, ImageClassifier, ImageGenerator, ImageTextEmbedder, TextEncoder, Tokenizer
@@ -30,6 +31,15 @@ def test_recipe_runs(
     always = "config.yaml metrics.csv metrics.json checkpoints/last.ckpt model/model.safetensors model/config.json"
     assert [file for file in f"{always} model/README.md".split() if not (run / file).is_file()] == []
     CHECKS.get(name, check_captioner)(name, run, out)
+
+
+def test_batches_between_validations_are_counted_over_epochs() -> None:
+    """Of data of one's own an epoch may have fewer, which Lightning refuses."""
+    trainers = {
+        path.stem: yaml.safe_load(path.read_text("utf-8")).get("trainer", {}) for path in RECIPES.glob("*.yaml")
+    }
+    batches = {n: t for n, t in trainers.items() if isinstance(t.get("val_check_interval"), int)}
+    assert {n: t.get("check_val_every_n_epoch", 1) for n, t in batches.items()} == {"draw_scenes": None}
 
 
 def check_captioner(name: str, run: Path, out: str) -> None:

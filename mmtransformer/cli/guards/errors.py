@@ -50,6 +50,12 @@ _OTHERS = {
     "{0} that the run has done: give at least as many, or begin another with --trainer.default_root_dir DIR",
     r"Trainer\(devices=.*value is not a valid input|`devices` selected with `CPUAccelerator`": "trainer.devices must "
     "be at least 1 (on a CPU the number of processes; -1 are all GPUs): leave it out to use what there is",
+    r"`val_check_interval` \((\d+)\) must be less than or equal to .* batches \((\d+)\)": "trainer.val_check_interval "
+    "({}) is more than the {} batches of an epoch: give at most so many, or count them over epochs with "
+    "--trainer.check_val_every_n_epoch=null",
+    r"`val_check_interval` should be an integer .*every_n_epoch=None": "trainer.val_check_interval is a share of an "
+    "epoch, while trainer.check_val_every_n_epoch: null counts batches over epochs: give a whole number of batches, or "
+    "--trainer.check_val_every_n_epoch=1 too",
     r"No supported gpu backend found|Accelerator` can not run on your system": "trainer.accelerator: torch finds no "
     "such device here; leave it out to use what there is",
 }
@@ -150,6 +156,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
     lines = [line for line in lines if not line.startswith("Expected a path but")] or lines  # a class was meant
     if absent := re.search(r"No module named '([\w.]+)'", message):
         lines.append(f"no {absent[1].partition('.')[0]}.py in this folder, on PYTHONPATH, or installed")
+    if "NoneType" in message and re.search(r"Given value: None\s*$", message):
+        lines.append("for none at all write null")
     reason = "; ".join(lines) or message.strip().splitlines()[-1]
     return f"{'.'.join(trail)}: {reason}" if trail else reason
 

@@ -11,7 +11,10 @@ from mmtransformer.training.callbacks.progress import clock
 
 
 class Limits(pl.Callback):
-    """Says which of `max_epochs` and `max_steps` comes first, what stops a run before them, or why it took no step."""
+    """Says which of `max_epochs` and `max_steps` comes first, what stops a run before them, or why it took no step.
+
+    A run that is shorter than `val_check_interval`, where that counts over epochs, is validated at its end.
+    """
 
     def __init__(self) -> None:
         self._from = 0  # the step that the run goes on from
@@ -27,7 +30,8 @@ class Limits(pl.Callback):
         self._from = checkpoint["global_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says which limit comes first, where both are set."""
+        """Says which limit comes first, where both are set, and lets no run end without a validation."""
+        _validate_at_the_end(trainer)
         steps, epochs = trainer.max_steps, trainer.max_epochs or -1
         if min(steps, epochs) < 0 or math.isinf(trainer.num_training_batches) or not trainer.is_global_zero:
             return
@@ -54,6 +58,23 @@ class Limits(pl.Callback):
             stopped := _time_over(trainer) or _early(trainer)
         ):
             say(f"{stopped} ended the run at step {step:,} of {total:,}")
+
+
+def _validate_at_the_end(trainer: pl.Trainer) -> None:
+    """Puts the first validation at the end of a run that has fewer batches than lie between two."""
+    every, batches = trainer.val_check_batch, trainer.num_training_batches
+    by_epochs = trainer.check_val_every_n_epoch is not None or not trainer.enable_validation
+    if by_epochs or every is None or not math.isfinite(min(every, batches)):
+        return
+    epochs, more = divmod(trainer.estimated_stepping_batches, math.ceil(batches / trainer.accumulate_grad_batches))
+    total = int(epochs) * int(batches) + int(more) * trainer.accumulate_grad_batches
+    if 0 < total < every:
+        trainer.val_check_batch = total
+        if trainer.is_global_zero:
+            say(
+                f"the run has {counted(total, 'batch', 'batches')}, fewer than trainer.val_check_interval ({every:,}): "
+                f"it is validated once, at its end"
+            )
 
 
 def _time_over(trainer: pl.Trainer) -> str:

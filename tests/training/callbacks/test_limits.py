@@ -77,3 +77,23 @@ def test_a_run_that_gets_no_better_says_why_it_ended(tmp_path: Path, capsys: pyt
     assert said.startswith("EarlyStopping (Monitored metric val/loss did not improve in the last 1 records"), said
     assert re.search(r"\) ended the run at step \d+ of 27$", said)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": 9, "max_steps": 4}], ids=["epochs", "steps"])
+def test_a_run_shorter_than_the_way_to_a_validation_is_validated_at_its_end(
+    length: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = []
+
+    class Seen(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            at.append(trainer.fit_loop.total_batch_idx + 1)
+
+    over_epochs: dict[str, Any] = {"check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
+    said = fit(capsys, tmp_path / "a", Seen(), val_check_interval=1000, **over_epochs, **length)
+    assert "the run has 6 batches, fewer than trainer.val_check_interval (1,000): it is validated once" in said
+    assert at == [6]
+    at.clear()
+    said = fit(capsys, tmp_path / "b", Seen(), val_check_interval=5, **over_epochs, **length)
+    assert "validated" not in said
+    assert at == [5]
