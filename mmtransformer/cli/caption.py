@@ -37,7 +37,7 @@ def run(name: str, words: Sequence[str]) -> int:
     args = _parser(name).parse_args(list(words))
     _check(args)
 
-    from mmtransformer.pipelines.caption_files import framed
+    from mmtransformer.pipelines.framing import framed
     from mmtransformer.pipelines.many_images import CaptionJob, devices_of
 
     many = ManyImages(name, words, args.images, partial(_open, args) if args.out else None)

@@ -1,5 +1,6 @@
 """Many pictures in one call: taken in their order, told or written down as they come, and gone on with when stopped."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,13 +116,24 @@ class ManyImages:
             codes = {out.kind(i) for i in already} if out and what == "captions" else set[str]()
             said = "".join(f"in {code}, " for code in sorted(codes - {""}))
             how = f"{said}by the options of an earlier call; --overwrite writes them anew"
-            parts.append(f"{len(already):,} had {what} there already ({how})")
+            if out and out.by_people:
+                were, it = ("was", "it") if len(already) == 1 else ("were", "them")
+                kept = "is kept as it is" if len(already) == 1 else "are kept as they are"
+                given = [word for word in ("prefix", "suffix") if any(x.startswith(f"--{word}") for x in self._options)]
+                added = f" (no {' or '.join(given)} was added)" if given else ""
+                has = f"{counted(len(already), 'text file')} {were} there already and {kept}{added}"
+                parts.append(f"{has}; --overwrite replaces {it}")
+            else:
+                parts.append(f"{len(already):,} had {what} there already ({how})")
         if out and out.left_out:
             parts.append(f"{out.left_out:,} of them another call had written meanwhile: its {what} stay")
         if out and out.cut:
             parts.append(f"the last line there, without an end, was taken for cut off: {out.cut:.200}")
-        if images.others:
-            parts.append(f"{counted(images.others, 'other file')} left alone")
+        own = {os.path.abspath(path) for path in out.files()} if out else set[str]()  # noqa: PTH100 (links stay)
+        if others := sum(os.path.abspath(path) not in own for path in images.others):  # noqa: PTH100
+            parts.append(f"{counted(others, 'other file')} left alone")
+        if images.hidden:
+            parts.append(f"{counted(len(images.hidden), 'hidden picture')} left out, such as {images.hidden[0]}")
         if there:
             listed = f": {out.bad_list} names them (`{self._again(out)}` tries them again)" if out else ""
             parts.append(f"{len(there):,} could not be used{listed}")

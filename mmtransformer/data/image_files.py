@@ -29,13 +29,15 @@ class ImageFiles:
 
     Attributes:
         others: Files of the folders and archives that are called like no picture, and are left alone.
+        hidden: Pictures there that are hidden, or in hidden folders, and are left out.
 
     Raises:
         ValueError: If a pattern fits no file, the one place named holds no picture, or an archive cannot be read.
     """
 
     def __init__(self, places: Iterable[str | Path]) -> None:
-        self.others = 0
+        self.others: list[str] = []
+        self.hidden: list[str] = []
         self._files: list[Files] = []
         self._archives: dict[str, int] = {}
         self._found: dict[str, tuple[int, Entry] | str | None] = {}
@@ -143,7 +145,8 @@ class ImageFiles:
             if entry.path.lower().endswith(IMAGES):
                 self._found.setdefault(lead + entry.path, (at, entry))
             else:
-                self.others += 1
+                self.others.append(lead + entry.path)
+        self.hidden += [lead + path for path in files.hidden]
         if len(self._found) == before and not any(name.startswith(lead) for name in self._found):
             self._found[place] = f"no pictures there ({', '.join(IMAGES)})"
 

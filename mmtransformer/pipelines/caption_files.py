@@ -8,7 +8,7 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import dropwhile
 from pathlib import Path
@@ -17,9 +17,8 @@ from typing import Any, Generic, TypeVar
 from mmtransformer.data.files.text import guess_encoding, utf_16
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
-from mmtransformer.serialization.printable import json_text
+from mmtransformer.serialization.printable import counted, json_text
 from mmtransformer.serialization.writing import check_place, naming, one_at_a_time, write_whole
-from mmtransformer.text.detokenize import detokenize
 
 T = TypeVar("T")
 
@@ -80,11 +79,13 @@ class ResultFile(ABC, Generic[T]):
         bad_list: The list of the pictures that could not be used.
         cut: The last line, where it was cut off, and so is not gone on with.
         way_on: What goes on after the program was stopped, in words.
+        by_people: Whether what is there may be no call's.
         left_out: How many results were not written, as another process had written of their pictures meanwhile.
     """
 
     where: str
     bad_list: Path
+    by_people = False
     cut = ""
     way_on = "the same call goes on with the others"
     left_out = 0
@@ -104,6 +105,10 @@ class ResultFile(ABC, Generic[T]):
     @abstractmethod
     def write(self, i: int, said: T) -> None:
         """Writes the results of picture i."""
+
+    @abstractmethod
+    def files(self) -> Iterable[Path]:
+        """All that it may write."""
 
 
 class Lines(ResultFile[T]):
@@ -168,6 +173,10 @@ class Lines(ResultFile[T]):
             self._add(name, "".join(map(self._line, cells)))
         else:
             self._add(name, self._line(self._form.json_line(name, said)))
+
+    def files(self) -> Iterable[Path]:
+        """The file, and the list of bad pictures."""
+        return self._path, self.bad_list
 
     def _add(self, name: str, text: str) -> None:
         with naming(self._path), one_at_a_time(self._path.parent):
@@ -288,6 +297,8 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
         ValueError: If two pictures would have the same text file, or one lies in an archive and has nothing beside it.
     """
 
+    by_people = True
+
     def __init__(self, images: ImageFiles, folder: Path | None, suffix: str, *, overwrite: bool) -> None:
         self._images, self._folder, self._suffix, self._overwrite = images, folder, suffix, overwrite
         if overwrite:
@@ -295,14 +306,20 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
         self.where = f".{suffix} files " + ("beside the pictures" if folder is None else f"in {folder}")
         self.bad_list = (folder or Path()) / "bad_images.txt"
         of: dict[Path, int] = {}
+        pairs: list[tuple[int, int]] = []
         for i in range(len(images)):
             if folder is None and images.in_archive(i):
                 raise ValueError(f"{images.name(i)} lies in an archive: there is no place beside it; use --out FOLDER")
             if (other := of.setdefault(self._path(i), i)) != i:
-                raise ValueError(
-                    f"{images.name(other)} and {images.name(i)} would both be captioned in {self._path(i)}; "
-                    f"use --out FILE.jsonl"
-                )
+                pairs.append((other, i))
+        if pairs:
+            (one, other), more = pairs[0], len(pairs) - 1
+            also = f", and so would {counted(more, 'more pair')}" if more else ""
+            raise ValueError(
+                f"{images.name(one)} and {images.name(other)} would both be captioned in {self._path(one)}{also}; "
+                f"use --out FILE.jsonl, or rename one{' of each' if more else ''}"
+            )
+        self._files = {*of, self.bad_list}
 
     def _path(self, i: int) -> Path:
         name = self._images.name(i) if self._folder is None else self._images.inner_name(i)
@@ -311,6 +328,10 @@ class SidecarFiles(ResultFile[Sequence[CaptionResult]]):
     def has(self, i: int) -> bool:
         """Whether picture i has its text, which is to stay."""
         return not self._overwrite and self.keep(i)
+
+    def files(self) -> Iterable[Path]:
+        """The text of every picture, and the list of bad ones."""
+        return self._files
 
     def keep(self, i: int) -> bool:
         """Whether picture i has its text; an empty file is none, as a reader of pairs has it."""
@@ -373,26 +394,3 @@ def write_bad(path: Path, tried: Iterable[str], errors: Mapping[str, str]) -> bo
 
 def _plain(name: str) -> str:
     return f"./{name}" if name.startswith(("#", "@")) else name
-
-
-def between(prefix: str, text: str, suffix: str) -> str:
-    """A caption with words before and after it, a space between unless there is one, or a comma or the like."""
-    before = prefix if not prefix or prefix[-1].isspace() else f"{prefix} "
-    after = suffix if not suffix or not (suffix[0].isalnum() or suffix[0] in "([{<\"'") else f" {suffix}"
-    return f"{before}{text}{after}"
-
-
-def framed(
-    captions: Sequence[CaptionResult], prefix: str, suffix: str, *, plain: bool = False
-) -> Iterator[CaptionResult]:
-    """Captions with words before and after them; their tokens and scores stay those of what the model said.
-
-    Args:
-        captions: The captions.
-        prefix: Words before them.
-        suffix: Words after them.
-        plain: Whether spaces that a tokenizer of words has put in are taken out (`detokenize`).
-    """
-    for caption in captions:
-        text = detokenize(caption.text) if plain else caption.text
-        yield dataclasses.replace(caption, text=between(prefix, text, suffix))

@@ -30,7 +30,7 @@ from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError
-from mmtransformer.pipelines.caption_files import between
+from mmtransformer.pipelines.framing import between
 from mmtransformer.pipelines.many_images import devices_of, load_ahead
 from mmtransformer.serialization.printable import counted, program
 from support.cli import mmt
@@ -266,7 +266,7 @@ def test_a_stopped_call_says_how_far_it_came_and_what_goes_on(
         code, _, err = mmt(capsys, *(word for word in words if word != "--overwrite"))
         done = int(said[1])
         assert (code, err.startswith(f"{counted(7 - done, 'picture')} captioned in ")) == (0, True), err
-        assert (f"; {done} had captions there already" in err) == (done > 0)
+        assert bool(re.search(f"; {done} (had captions|text files? (was|were)) there already", err)) == (done > 0)
 
 
 @pytest.mark.parametrize("out", ["결과 1.jsonl", "내 캡션/"])
@@ -335,7 +335,11 @@ def test_text_files(capsys: pytest.CaptureFixture[str], model: str, photos: Path
     assert found == {name.removeprefix("photos/").replace(".png", ".txt") for name in ALL}
     code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", "txt")
     assert code == 0
-    assert "6 pictures captioned in .txt files beside the pictures; 1 had captions" in err
+    kept = "1 text file was there already and is kept as it is; --overwrite replaces it; 1 other file left alone"
+    assert f"6 pictures captioned in .txt files beside the pictures; {kept}" in err
+    words = ["caption", "photos", "--model", model, "--out", "txt", "--prefix", "a style,"]
+    kept = "7 text files were there already and are kept as they are (no prefix was added); --overwrite replaces them"
+    assert f"0 pictures captioned in .txt files beside the pictures; {kept}; 1 other file" in mmt(capsys, *words)[2]
     assert (photos / "0.txt").read_text("utf-8") == "mine"
     assert (photos / "서울/밤/5.txt").read_bytes() == Path("texts/서울/밤/5.txt").read_bytes()
     (photos / "0.png").write_bytes(b"broken")
@@ -347,14 +351,42 @@ def test_text_files(capsys: pytest.CaptureFixture[str], model: str, photos: Path
     assert (photos / "3.txt").read_text("utf-8").startswith("a: ")
     Image.new("RGB", (9, 9)).save(photos / "3.jpg")
     code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", "caption")
-    assert (code, "would both be captioned in photos/3.caption" in err) == (2, True)
+    two = "photos/3.jpg and photos/3.png would both be captioned in photos/3.caption"
+    assert (code, f"{two}; use --out FILE.jsonl, or rename one\n" in err) == (2, True)
+    Image.new("RGB", (9, 9)).save(photos / "6.jpg")
+    _, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", "caption")
+    assert f"{two}, and so would 1 more pair; use" in err
+    assert "or rename one of each\n" in err
+
+
+def test_its_own_files_are_no_others(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
+    (photos / "7.png").write_bytes(b"broken")
+    for out in ("photos/captions.jsonl", "photos/captions.csv", "photos/texts/"):
+        for again in (False, True):
+            code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out)
+            assert (code, again or "7 pictures captioned" in err) == (1, True)
+            others = {"photos/captions.jsonl": 1, "photos/captions.csv": 2, "photos/texts/": 4}[out]
+            assert f"; {others} other file{'s' if others > 1 else ''} left alone" in err
+
+
+def test_hidden_pictures_are_counted(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
+    for name in (".h/deep/a.png", ".h/.b.png", ".c.png", "._0.png", "__MACOSX/0.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(photos / name)
+    (photos / ".h/notes.txt").write_text("no picture")
+    said = "7 pictures captioned; 1 other file left alone; 3 hidden pictures left out, such as photos/.c.png"
+    assert said in mmt(capsys, "caption", "photos", "--model", model)[2]
+    with zipfile.ZipFile("a.zip", "w") as zipped:
+        for path in (*photos.rglob("*.png"),):
+            zipped.write(path, path.relative_to(photos))
+    assert "3 hidden pictures left out, such as a.zip/" in mmt(capsys, "caption", "a.zip", "--model", model)[2]
 
 
 def test_an_empty_text_file_is_no_caption(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
     (photos / "0.txt").write_text("")
     (photos / "3.txt").write_text("a dog\n")
     code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", "txt")
-    assert (code, "6 pictures captioned" in err, "1 had captions there already" in err) == (0, True, True), err
+    assert (code, "6 pictures captioned" in err, "1 text file was there already" in err) == (0, True, True), err
     assert (photos / "0.txt").read_text() != ""
     assert (photos / "3.txt").read_text() == "a dog\n"
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint, unpacked
 from mmtransformer.data.files.members import Entry, list_tar, list_zip, pread
-from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
+from mmtransformer.data.files.names import is_hidden, is_hidden_by_dot, join, nfc, refusal
 from mmtransformer.serialization.printable import seen_from
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
@@ -62,9 +62,9 @@ class Files:
     """Every regular file below a root, those inside zips and tars included, each readable by offset.
 
     Can be pickled, and shared by threads and forked workers: archives are opened on first use, in each process,
-    and read with `pread`, which has no position to share. Hidden files are left out. What can't be used is kept
-    in `refused` with the reason: links that lead out of the root, hostile names, archives that are damaged or
-    compressed as a whole, pipes and devices.
+    and read with `pread`, which has no position to share. Hidden files are left out, pictures among them
+    listed in `hidden`. What can't be used is kept in `refused` with the reason: links that lead out of the root,
+    hostile names, archives that are damaged or compressed as a whole, pipes and devices.
 
     Args:
         root: A folder (of a `Selection` some files alone), or one zip or tar. Of any other file the folder is listed,
@@ -88,6 +88,7 @@ class Files:
         self._bounds = _bounds(self.root)
         self.archives: list[str] = []
         self.entries: list[Entry] = []
+        self.hidden: list[str] = []
         self.refused: dict[str, str] = {}
         self.refused_folders: set[str] = set()
         asked = ""
@@ -118,6 +119,7 @@ class Files:
         files.root, files.archives, files.asked = Path(root), [str(archive) for archive in archives], None
         files.encoding, files.selected = None, None
         files.entries, files.refused, files.refused_folders, files.by_path = [], {}, set(), {}
+        files.hidden = []
         files._prepare()
         return files
 
@@ -267,6 +269,8 @@ class Files:
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
             if is_hidden(item.name):
+                if self.selected is None:
+                    self._hide(path, item)
                 continue
             if self.selected is not None and nfc(path) not in self.selected and not item.is_dir():
                 continue
@@ -301,6 +305,13 @@ class Files:
                 # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
                 self.entries.append(Entry(path, nfc(path), size=info.st_size, compressed_size=info.st_size))
 
+    def _hide(self, path: str, item: os.DirEntry[str]) -> None:
+        """Lists a hidden picture, or those of a hidden folder."""
+        below = os.walk(item.path) if item.is_dir(follow_symlinks=False) else ()
+        inner = (f"{top[len(item.path) :]}/{name}" for top, _, names in below for name in names)
+        some = (nfc(path + end) for end in ("", *inner))
+        self.hidden += sorted(name for name in some if name.lower().endswith(IMAGES) and is_hidden_by_dot(name))
+
     def _refuse(self, name: str, folder: bool, reason: str) -> None:
         self.refused[name] = reason
         if folder:
@@ -331,6 +342,8 @@ class Files:
                 elif inner and not any(map(is_hidden, inner.split("/"))):
                     assert isinstance(entry, Entry)
                     found[inner] = entry._replace(path=nfc(full), inner=inner, archive=len(self.archives))
+                elif inner and inner.lower().endswith(IMAGES) and is_hidden_by_dot(inner):
+                    self.hidden.append(nfc(full))
         except _DAMAGED as error:
             self.refused[nfc(prefix)] = f"a damaged archive ({error})"
             return

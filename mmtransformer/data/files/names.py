@@ -31,6 +31,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name == "__MACOSX"
 
 
+def is_hidden_by_dot(path: str) -> bool:
+    """Whether a file, or a folder above it, is hidden by a dot; what a Mac writes beside files (._a.jpg) is not."""
+    *folders, name = path.split("/")
+    hidden = any(part.startswith(".") for part in (*folders, name))
+    return hidden and not name.startswith("._") and "__MACOSX" not in folders
+
+
 def join(base: str, name: str) -> str | None:
     """`name` seen from the folder `base`, both below the root; None if it climbs out of the root."""
     parts = [part for part in base.split("/") if part]

@@ -20,6 +20,7 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.images.files import kind_of
 
 PARALLEL = "captions in a folder of their own"
+ENDINGS = "captions in text files of different endings, all used"
 _NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
 _TEXTS = (".txt", ".caption", ".json", ".xmp")
 _XMP = re.compile(r"<dc:description>.*?<rdf:li[^>]*>(.*?)</rdf:li>", re.DOTALL)  # the first language
@@ -81,6 +82,9 @@ def read_folder(files: Files, images_in: Files, wanted: ColumnNames) -> Iterator
         used.update(entry.path for entry, _ in found)
         away = found[:1] if stem in elsewhere or path in elsewhere else []
         notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in away]
+        plain = [entry.path for entry, language in found if language is None]
+        if len({path.rpartition(".")[2].lower() for path in plain}) > 1:
+            notes.append((ENDINGS, " and ".join(plain)))
         listed = splits.get(stem.rpartition("/")[2], "unlisted") if splits else None
         yield _row(files, image, images_in.split_of(image) or listed, found, notes, wanted)
     unread = {

@@ -18,13 +18,15 @@ from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits, plain_captions
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import ManifestRow
-from mmtransformer.data.formats.folders import read_folder
+from mmtransformer.data.formats.folders import ENDINGS, read_folder
 from mmtransformer.data.formats.manifests import Manifest, find_manifests
 from mmtransformer.data.formats.overlooked import captions_inside, overlooked, unlisted
 from mmtransformer.data.formats.readers import FORMATS
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
 from mmtransformer.serialization.printable import counted
+
+HIDDEN = "hidden pictures, or in hidden folders, left out"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     left_over = unlisted(files, images_in, reader.listed) if manifests else []
     for path in left_over:
         report.note(f"pictures in {images_in.root.name} without a caption in {listing}, left out", path)
+    for path in images_in.hidden:
+        report.note(HIDDEN, path)
     rows = [row for row in reader.found.values() if row.captions]
     if not rows and max_bad_fraction < 1:
         raise TooManyErrors(f"{what}: not one of {counted(report.rows, 'row')} can be used:\n{report}")
@@ -107,6 +111,8 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, 
     captions = sum(len(row.captions) for row in rows)
     title = said.pop(0)
     about += [f"without a caption: {counted(len(left_over), 'picture')}"] if left_over else []
+    for what in (ENDINGS, HIDDEN):
+        about += [f"{what}: {counted(report.notes[what], 'picture')}"] if what in report.notes else []
     said = [f"{title}: {counted(images, 'picture')}, {counted(captions, 'caption')}", *said, *about]
     documents = bool(document_files(files))
     return Found(title, images_in, RowsInMemory(rows), members, languages, "; ".join(said), report, documents)

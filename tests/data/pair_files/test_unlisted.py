@@ -80,3 +80,32 @@ def test_files_of_single_pictures_are_no_tables(kind: str, tmp_path: Path) -> No
     draw(tmp_path, [*LISTED, *LEFT])
     (tmp_path / f"images/p1.{kind}").write_text('{"width": 3}')
     assert [*left_over(PairFiles(table(tmp_path / "captions.csv", LISTED))).values()] == [LEFT]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_hidden_pictures_are_counted_and_named(tmp_path: Path, listed: bool) -> None:
+    draw(tmp_path, [*LISTED, ".old/p12.png", "images/.p11.png", "images/._p1.png"])
+    if listed:
+        table(tmp_path / "captions.csv", LISTED)
+    else:
+        for name in LISTED:
+            (tmp_path / name).with_suffix(".txt").write_text(f"a colour {name}")
+    source, what = PairFiles(tmp_path), "hidden pictures, or in hidden folders, left out"
+    assert source.describe().endswith(f"; {what}: 2 pictures")
+    assert source.report.notes == {what: 2}
+    assert source.report.first[what] == [".old/p12.png", "images/.p11.png"]
+    assert f"note   {what}: 2\n         .old/p12.png\n" in str(check(tmp_path, progress=False, threads=1))
+
+
+def test_texts_of_two_endings_are_named(tmp_path: Path) -> None:
+    draw(tmp_path, LISTED)
+    for name in LISTED:
+        path = tmp_path / name
+        path.with_suffix(".txt").write_text(f"a colour {name}")
+        path.with_suffix(".ko.caption").write_text("빨간 별")  # of another language
+    (tmp_path / LISTED[2]).with_suffix(".caption").write_text("a stale one")
+    source, what = PairFiles(tmp_path), "captions in text files of different endings, all used"
+    assert f"; {what}: 1 picture" in source.describe()
+    assert source.report.notes == {what: 1}
+    said = str(check(tmp_path, progress=False, threads=1))
+    assert f"note   {what}: 1\n         {LISTED[2]}: images/p3.caption and images/p3.txt\n" in said
