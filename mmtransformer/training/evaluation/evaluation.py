@@ -18,7 +18,6 @@ from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.generation.captions import CAPTIONING, CaptionResult, PromptBuilder, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.metrics import CaptionScores, score_captions
-from mmtransformer.serialization.printable import counted
 from mmtransformer.serialization.writing import write_whole
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -96,8 +95,8 @@ class Evaluation:
         for split, by in self.predictions.items():
             for code, some in by.items():
                 if empty := sum(not any(map(str.isalnum, prediction.said.text)) for prediction in some):
-                    of = f"{empty:,} of {counted(len(some), 'caption')}"
-                    lines.append(f"{split}{f', {code}' * (code != ANY)}: {of} are empty or hold no readable letters")
+                    of = f"{empty:,} of {len(some):,} captions are empty or hold no readable letters"
+                    lines.append(f"{split}{f', {code}' * (code != ANY)}: {of}")
         return "\n".join(lines).rstrip()
 
     def write(self, folder: str | Path) -> None:
