@@ -21,6 +21,7 @@ class CardCaption:
         references: what people (or the embedded data) say of the picture.
         score: the mean log-probability of its tokens.
         facts: facts that the caption states, each with whether it is true of the picture.
+        right: whether it is right as a whole, such as the name of a class; None where that is not known.
         words: the words of the caption, for the heat maps.
         heat: (words gh gw), where in the picture the model looked at each word.
         box: left, top, right and bottom of the heat's grid as fractions of the picture.
@@ -31,6 +32,7 @@ class CardCaption:
     references: Sequence[str] = ()
     score: float | None = None
     facts: Sequence[tuple[str, bool]] = ()
+    right: bool | None = None
     words: Sequence[str] = ()
     heat: Tensor | None = field(default=None, compare=False)
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -46,13 +48,14 @@ class CardCaption:
 
     @property
     def correct(self) -> bool | None:
-        """Whether all stated facts are true; None if none is known."""
-        return all(ok for _, ok in self.facts) if self.facts else None
+        """Whether all stated facts are true, or the whole is right; None if neither is known."""
+        return all(ok for _, ok in self.facts) if self.facts else self.right
 
     @property
     def rank(self) -> float | None:
-        """What cards are sorted by: the share of true facts, else the score; None if neither is known."""
-        return sum(ok for _, ok in self.facts) / len(self.facts) if self.facts else self.score
+        """What cards are sorted by: the share of true facts, else whether it is right, else the score, if known."""
+        whole = self.score if self.right is None else float(self.right)
+        return sum(ok for _, ok in self.facts) / len(self.facts) if self.facts else whole
 
     def marks(self) -> list[tuple[str, str]]:
         """What stands below the caption: texts, each "language", "good", "bad" or ""."""
@@ -64,6 +67,8 @@ class CardCaption:
             marks += [(f"✗ {fact}", "bad") for fact in wrong[:MOST_WRONG]]
             if (more := len(wrong) - MOST_WRONG) > 0:
                 marks.append((f"+ {more} more", "bad"))
+        elif self.right is not None:
+            marks.append(("✓ right", "good") if self.right else ("✗ wrong", "bad"))
         return marks if self.score is None else [*marks, (f"log p {self.score:.2f} a token", "")]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmtransformer.serialization.pretrained import Pretrained, refuse_unsaved
+from mmtransformer.serialization.printable import counted
 
 _OTHER = "take another folder: --trainer.default_root_dir=DIR"
 
@@ -139,6 +140,14 @@ class Run:
     def title(self) -> str:
         """The folder's name, for the top of a picture."""
         return self.folder.resolve().name.replace("_", " ")
+
+    @property
+    def unread(self) -> list[str]:
+        """A line for each split in which the run met pictures that could not be read."""
+        counts = {path: len(path.read_bytes().splitlines()) for path in sorted(self.folder.glob("bad_images_*.jsonl"))}
+        return [
+            f"{counted(n, 'picture')} could not be read; they are named in {path}" for path, n in counts.items() if n
+        ]
 
 
 def device_name(device: torch.device) -> str:

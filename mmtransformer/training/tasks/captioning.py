@@ -187,10 +187,7 @@ class Captioning(Task):
             model.adapter = adapter
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
-        lines = ["", evaluation.table(), ""]
-        bad = {path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")}
-        unit = "question" if any(data.rows(split).asked for split in data.val_splits) else "picture"
-        lines += [f"{counted(n, unit)} could not be used; they are named in {path}" for path, n in bad.items() if n]
+        lines = ["", evaluation.table(), "", *run.unread]
         lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]

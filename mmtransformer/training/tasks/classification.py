@@ -1,6 +1,7 @@
 """Classification: a ViT that learns the classes of pictures, from nothing or from a pretrained one."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -110,12 +111,13 @@ class Classification(Task[ClassData]):
             return
         self.vit.to(run.device).eval()
         confusions = {split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits}
-        scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
+        scores = {split: class_scores(matrix, data.classes) for split, (matrix, _) in confusions.items()}
         found = table(scores)
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         files = {}
-        if cards := make_cards(classifier, data, self.num_gallery_images):
+        wrong = [names for _, names in confusions.values()]
+        if cards := make_cards(classifier, data, self.num_gallery_images, set(wrong[0] if wrong else ())):
             gallery = plot_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
             rollout = plot_rollout(self.vit, cards[0].image, data.transform, title=run.title)
@@ -124,19 +126,26 @@ class Classification(Task[ClassData]):
         self.conclude(run, {"classification": scores}, found, files=files)
 
     @torch.inference_mode()
-    def _confusion(self, data: ClassData, split: str, device: torch.device, limit: int | None) -> Tensor:
-        """How often each class (rows) was taken for each (columns)."""
+    def _confusion(
+        self, data: ClassData, split: str, device: torch.device, limit: int | None
+    ) -> tuple[Tensor, list[str]]:
+        """How often each class (rows) was taken for each (columns), and the pictures that were taken for another."""
+        wrong: list[str] = []
         matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.long)
         for batch in islice(data.loader(split), limit):
             with fast_autocast(device):
                 said = self.vit(batch.pixels.to(device)).argmax(-1).cpu()
             pairs = batch.labels * len(data.classes) + said
             matrix += torch.bincount(pairs[batch.is_real], minlength=matrix.numel()).view_as(matrix)
-        return matrix
+            wrong += [batch.names[i] for i in ((said != batch.labels) & batch.is_real).nonzero().flatten().tolist()]
+        return matrix, wrong
 
 
 def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Scores from a confusion matrix (true classes are rows): accuracy, that of each class, and the mean of those."""
+    """Scores from a confusion matrix (true classes are rows): accuracy, that of each class, and the mean of those.
+
+    "confusion_by_true_class" says of each class how many of its pictures were taken for which.
+    """
     totals, right = matrix.sum(1), matrix.diagonal()
     each = {name: float(r) / float(n) for name, r, n in zip(classes, right.tolist(), totals.tolist(), strict=True) if n}
     return {
@@ -144,32 +153,52 @@ def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
         "mean_class_accuracy": sum(each.values()) / max(len(each), 1),
         "images": int(totals.sum()),
         "classes": each,
-        "confusion": matrix.tolist(),
+        "confusion_by_true_class": {
+            name: {classes[i]: int(row[i]) for i in row.nonzero().flatten().tolist()}
+            for name, row in zip(classes, matrix, strict=True)
+            if row.any()
+        },
     }
 
 
-def make_cards(classifier: ImageClassifier, data: ClassData, num_gallery_images: int) -> list[Card]:
-    """Cards of pictures of the first validation split: the class that was told, and whether it is right."""
-    images = data.images(data.val_splits[0]) if data.val_splits else None
+def make_cards(
+    classifier: ImageClassifier, data: ClassData, num_gallery_images: int, wrong: Collection[str] = ()
+) -> list[Card]:
+    """Cards of pictures of the first validation split: the class that was told, and whether it is right.
+
+    Those that are named in `wrong` come first; of these, and of the others, a picture of each class in turn.
+    """
+    if not data.val_splits:
+        return []
+    images, turns, order = data.images(data.val_splits[0]), Counter(), []
+    for i in range(len(images)):
+        kind = (images.name(i) not in wrong, images.label(i))
+        order.append((kind[0], turns[kind], i))
+        turns[kind] += 1
     cards = []
-    for i in range(min(num_gallery_images, len(images) if images is not None else 0)):
-        assert images is not None
+    for *_, i in sorted(order):
+        if len(cards) == num_gallery_images:
+            break
         try:
             image = images.image(i)
         except ImageError:
             continue
         ((name, share),) = classifier(image)[0]
         true = data.classes[images.label(i)]
-        said = CardCaption(f"{name} {share:.0%}", references=[true], facts=[(name, name == true)])
+        said = CardCaption(f"{name} {share:.0%}", references=[true], right=name == true)
         cards.append(Card(image, [said], heading=images.name(i)))
     return cards
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """The scores as lines of text: accuracy, and the classes that are told worst."""
+    """The scores as lines of text: accuracy, the classes that are told worst, and what is mistaken for what."""
     lines = [f"{'split':<14}{'images':>9}  accuracy  mean of classes  worst classes"]
     for split, s in scores.items():
         worst = sorted(s["classes"].items(), key=lambda item: item[1])[:3]
         names = ", ".join(f"{name} {value:.1%}" for name, value in worst)
         lines.append(f"{split:<14}{s['images']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}")
+    for split, s in scores.items():
+        taken = [(n, a, b) for a, row in s["confusion_by_true_class"].items() for b, n in row.items() if a != b]
+        if most := sorted(taken, key=lambda item: -item[0])[:4]:
+            lines.append(f"{split}: mistaken most often: " + ", ".join(f"{a} for {b} ({n:,})" for n, a, b in most))
     return "\n".join(lines)

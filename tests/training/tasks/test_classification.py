@@ -267,12 +267,14 @@ def test_scores_of_a_confusion() -> None:
     assert scores["images"] == 6
     assert "83.3%" in table({"val": scores})
     assert "a 75.0%, b 100.0%" in table({"val": scores})
+    assert scores["confusion_by_true_class"] == {"a": {"a": 3, "b": 1}, "b": {"b": 2}}
+    assert table({"val": scores}).splitlines()[-1] == "val: mistaken most often: a for b (1)"
 
 
 def test_confusion_counts_true_classes_in_rows() -> None:
     module = task()
     held: Any = module._trainer
-    matrix = module._confusion(held.datamodule, "val", torch.device("cpu"), None)
+    matrix, wrong = module._confusion(held.datamodule, "val", torch.device("cpu"), None)
     images = held.datamodule.images("val")
     with torch.no_grad():
         said = [int(module.vit(ImageTransform(32)(images.image(i))[None]).argmax()) for i in range(11)]
@@ -280,7 +282,8 @@ def test_confusion_counts_true_classes_in_rows() -> None:
     for i in range(11):
         want[images.label(i), said[i]] += 1
     assert torch.equal(matrix, want)
-    assert int(module._confusion(held.datamodule, "val", torch.device("cpu"), 1).sum()) == 4
+    assert wrong == [images.name(i) for i in range(11) if said[i] != images.label(i)]
+    assert int(module._confusion(held.datamodule, "val", torch.device("cpu"), 1)[0].sum()) == 4
 
 
 # --- the saved classifier
@@ -414,10 +417,13 @@ def test_what_is_no_classifier_says_what_it_is_for(tmp_path: Path) -> None:
         VisionEncoderDecoder.from_pretrained(tmp_path / "vit")
 
 
-def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Path) -> None:
+def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As the recipe's header says it."""
     recipes = Path(__file__).parents[3] / "recipes"
-    root = folder(tmp_path / "data", {"train/red": 6, "train/green": 6, "val/red": 2, "val/green": 1})
+    root = folder(tmp_path / "data", {"train/red": 6, "train/green": 6, "val/red": 2, "val/green": 2})
+    (tmp_path / "data" / "val" / "green" / "1.png").write_bytes(b"no picture")
     vit = ViT(32, 8, 16, 1, 2, num_classes=5)
     vit.save_pretrained(tmp_path / "vit")
     words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
@@ -427,6 +433,8 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
+    bad = tmp_path / "run" / "bad_images_val.jsonl"
+    assert f"1 picture could not be read; they are named in {bad}" in capsys.readouterr().out
     tuned = ImageClassifier.from_pretrained(tmp_path / "run" / "model", device="cpu")
     assert tuned.classes == ("green", "red")
     assert tuned.transform.size == (48, 48)
@@ -441,11 +449,19 @@ def test_cards_say_whether_it_is_right() -> None:
     vit = ViT(32, 8, 16, 1, 2, num_classes=8)
     nn.init.zeros_(vit.head.weight)  # pyright: ignore[reportArgumentType]
     vit.head.bias.data[2] = 9.0  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
-    cards = make_cards(ImageClassifier(vit, module.classes, ImageTransform(32), device="cpu"), module, 5)
-    assert len(cards) == 5
-    for i, card in enumerate(cards):
+    classifier = ImageClassifier(vit, module.classes, ImageTransform(32), device="cpu")
+    images = module.images("val")
+    labels = {images.name(i): images.label(i) for i in range(len(images))}
+    wrong = [name for name, label in labels.items() if label != 2][-2:]
+    cards = make_cards(classifier, module, 7, wrong)
+    assert {card.heading for card in cards[:2]} == set(wrong)
+    assert len(cards) == 7
+    others = [labels[card.heading] for card in cards[2:]]
+    assert len(set(others)) == min(5, len({label for name, label in labels.items() if name not in wrong}))
+    for card in cards:
         (said,) = card.captions
-        true = module.classes[module.images("val").label(i)]
+        true = module.classes[labels[card.heading]]
         assert said.text == "triangle 100%"
         assert list(said.references) == [true]
         assert said.correct == (true == "triangle")
+        assert said.marks() == [("✓ right", "good") if true == "triangle" else ("✗ wrong", "bad")]
