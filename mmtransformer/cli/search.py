@@ -36,7 +36,7 @@ def run(name: str, words: Sequence[str]) -> int:
         _show_groups(index, index.duplicates(args.threshold, progress=sys.stderr.isatty()), args)
     else:
         _show_found(index, index.search(args.texts, like=args.like, without=args.without, top_k=args.top_k), args)
-    return 1 if index.changes.tried else 0
+    return 1 if index.changes.bad else 0
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ class PairSplit:
         return self._rows[int(self._members[i])]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({counted(len(self), 'picture')})"
+        return f"{type(self).__name__}({counted(len(self), 'picture')}, by index: image(i), captions(i), name(i))"
 
     def name(self, i: int) -> str:
         """The name of picture i, as its manifest gives it; behind it the question where there are several."""

@@ -94,7 +94,7 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
     assert sorted(photos.rglob("*")) == before, "nothing is written beside the pictures"
 
     again, said, err = mmt(capsys, *ask, "--top-k", "4", "--json")
-    assert again == 0
+    assert again == 1, "it still cannot be used, and is not tried again"
     assert err == f"6 pictures (1 could not be used); index: {index.resolve()}\n"
     rows = [json.loads(line) for line in said.splitlines()]
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]

@@ -26,7 +26,7 @@ def test_one_picture_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("a dog that runs")
     source = PairFiles(tmp_path, ReadOptions(val_fraction=0))
     assert "1 picture, 1 caption;" in source.describe()
-    assert repr(source.split("train")) == "PairSplit(1 picture)"
+    assert repr(source.split("train")) == "PairSplit(1 picture, by index: image(i), captions(i), name(i))"
     report = check(source, progress=False)
     assert "1 picture " in str(report)
     assert "1 pictures" not in str(report)

@@ -24,7 +24,9 @@ OTHER_NAMES = {
     "num_examples": "num_shots", "--language": "--default-language", "--images": "--image-folder",
     "--index": "--images", "mlp": "activation", "max_len": "row_len",
     "--max-length": "--max-new-tokens --max-len", "--lang": "--language --default-language",
-    "--connectors": "--captioners", "--question": "--prompt",
+    "--connectors": "--captioners", "--question": "--prompt", "--steps": "--num-inference-steps",
+    "--cfg": "--guidance-scale", "--cfg-scale": "--guidance-scale", "--scheduler": "--solver", "--sampler": "--solver",
+    "--init-image": "--image",
 }  # fmt: skip
 """What settings are called elsewhere -> here; of several names the first that there is."""
 

@@ -83,6 +83,11 @@ def find_manifests(files: Files, format: str = "auto", wanted: ColumnNames | Non
         return []
     if files.asked is not None:
         name = plain_name(files.asked.path)
+        if name.endswith(IMAGES):
+            way = "give the folder that it lies in with its captions, or the table that names it"
+            raise ValueError(
+                f"{files.root / files.asked.path} is a picture, and pairs are pictures with captions: {way}"
+            )
         if name.endswith(UNREAD) and not name.endswith(SUFFIXES):
             raise ValueError(f"{files.root / files.asked.path}: {unread(name)}")
         kind = _format_of(files, files.asked, wanted, alone=True) if format == "auto" else format
