@@ -64,17 +64,13 @@ def run(name: str, words: Sequence[str]) -> int:
 
     painter = ImageGenerator.from_pretrained(args.model, device=args.device)
     generation = dataclasses.replace(painter.generation, **changes)
+    how = {name: getattr(args, name) for name in ("language", "negative_prompt", "image", "strength", "mask_image")}
+    how |= {"seed": args.seed, "generation": generation}
     steps: list = []
     drawn = painter(
         args.texts,
-        language=args.language,
         num_images=args.num_images,
-        seed=args.seed,
-        negative_prompt=args.negative_prompt,
-        generation=generation,
-        image=args.image,
-        strength=args.strength,
-        mask_image=args.mask_image,
+        **how,
         on_step=(lambda _, images: steps.append(images[0])) if args.strip else None,
     )
     out = Path(args.out)
@@ -88,7 +84,7 @@ def run(name: str, words: Sequence[str]) -> int:
         from mmtransformer.plots import plot_word_heatmaps
 
         text, scale = args.texts[0], "of a patch's attention on one word"
-        image, found, heat = painter.heatmap(text, language=args.language, seed=args.seed, generation=generation)
+        image, found, heat = painter.heatmap(text, **how)
         save_image(plot_word_heatmaps(image, found, heat.mean(0), title=text, scale=scale), args.heatmap)
         say(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

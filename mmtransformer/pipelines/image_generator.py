@@ -159,7 +159,11 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         *,
         language: str | None = None,
         seed: int = 0,
+        negative_prompt: str | None = None,
         generation: ImageGenerationConfig | None = None,
+        image: ImageLike | None = None,
+        strength: float | None = None,
+        mask_image: ImageLike | None = None,
         **changes: Any,
     ) -> tuple[Image.Image, list[str], Tensor]:
         """Draws one picture and says where each word steered it.
@@ -168,7 +172,11 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             text: What to draw.
             language: As of a call.
             seed: As of a call.
+            negative_prompt: As of a call.
             generation: As of a call.
+            image: As of a call.
+            strength: As of a call.
+            mask_image: As of a call.
             changes: As of a call.
 
         Returns:
@@ -179,18 +187,22 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         words = [(word, places) for word, places in self.tokenizer.words(row) if word.strip()]
         looks: list[Tensor] = []
         with record_attention(self.model.transformer, keep="cross_attn") as record:
-            ((image,),) = self(
+            ((drawn,),) = self(
                 text,
                 language=language,
                 seed=seed,
+                negative_prompt=negative_prompt,
                 generation=generation,
+                image=image,
+                strength=strength,
+                mask_image=mask_image,
                 **changes,
                 on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
             )
         look = torch.stack(looks)  # (steps q k)
         rows = self.transform.size[0] // self.model.patch_side
         heat = torch.stack([look[:, :, places].sum(2) for _, places in words], dim=1)
-        return image, [word for word, _ in words], rearrange(heat, "s w (y x) -> s w y x", y=rows).cpu()
+        return drawn, [word for word, _ in words], rearrange(heat, "s w (y x) -> s w y x", y=rows).cpu()
 
     def _row(self, text: str, language: str | None, truncate: bool = False) -> list[int]:
         known = self.tokenizer.languages

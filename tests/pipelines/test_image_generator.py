@@ -91,6 +91,32 @@ def test_each_word_has_its_heat(painter: ImageGenerator) -> None:
     assert same(image, painter(TEXTS[0], seed=3)[0][0])
 
 
+def test_the_heat_is_of_the_picture_that_is_drawn(
+    painter: ImageGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(start)
+    Image.new("L", (24, 16), 255).save(mask)
+    how = {"negative_prompt": f"{TEXTS[0]} {TEXTS[0]}", "image": start, "strength": 0.5, "mask_image": mask}
+    plain = painter.heatmap(TEXTS[0], seed=3)
+    for some in (how, {"negative_prompt": TEXTS[2]}, {"image": start}):
+        image, words, heat = painter.heatmap(TEXTS[0], seed=3, **some)  # pyright: ignore[reportArgumentType]
+        assert same(image, painter(TEXTS[0], seed=3, **some)[0][0])  # pyright: ignore[reportArgumentType]
+        assert (words, heat.shape) == (plain[1], plain[2].shape)
+        assert not torch.equal(heat, plain[2])
+    seen: list[Image.Image] = []
+    painter.save_pretrained(tmp_path / "model")
+    heatmap = ImageGenerator.heatmap
+    monkeypatch.setattr(
+        ImageGenerator, "heatmap", lambda *args, **some: seen.append(heatmap(*args, **some)[0]) or plain
+    )
+    options = ["--negative-prompt", how["negative_prompt"], "--image", str(start), "--strength", "0.5"]
+    options += ["--mask-image", str(mask), "--seed", "3", "--device", "cpu", "--model", str(tmp_path / "model")]
+    places = ["--out", str(tmp_path / "a.png"), "--heatmap", str(tmp_path / "heat.png")]
+    assert main(["draw", TEXTS[0], *map(str, options), *places]) == 0
+    assert same(seen[0], Image.open(tmp_path / "a.png"))
+
+
 def test_what_stays_outside_the_mask(painter: ImageGenerator) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
     mask = Image.new("L", (24, 16))
