@@ -23,7 +23,7 @@ COMMANDS = {
     "parity": ("model_commands", "Set a public captioner beside transformers: pixels, prompts, logits and ids."),
     "rehash": ("model_commands", "Take a model's weights as another tool has rewritten them."),
     "ablate": ("ablate", "Train several captioners on the towers and data of one recipe, and compare them."),
-    "check": ("check", "Look at image-text pairs before training on them."),
+    "check": ("check", "Look at image-text pairs, or classes of pictures, before training on them."),
     "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),
     "plan": ("plan", "Say what a recipe needs of memory and disk, before it is run."),
 }

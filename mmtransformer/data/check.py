@@ -1,4 +1,4 @@
-"""Looks at image-text pairs before any training: what is missing, broken, doubled, empty or too long."""
+"""Looks at data before any training: what is missing, broken, doubled, empty or too long in pairs, or in classes."""
 
 import dataclasses
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtransformer.data.check_captions import Kind, TokenizerLike, caption_kinds
+from mmtransformer.data.class_sources import Classified, ImageFolder
 from mmtransformer.data.files.normalize import BY_HASH
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.loading.errors import FIRST, Report, allowed
@@ -22,6 +23,7 @@ from mmtransformer.images import ImageError
 from mmtransformer.serialization.printable import counted
 
 _BAR = 24  # width of a histogram's longest bar
+_CLASSES = 50  # classes that are listed
 
 
 @dataclasses.dataclass
@@ -57,6 +59,7 @@ class CheckReport:
         words: Words of a caption -> number of captions.
         sizes: The smallest, middle and largest height and width, each as (height, width); empty without pictures.
         findings: Every kind of trouble, those that hurt first.
+        classes: Class -> split -> number of pictures, where folders name classes; empty for pairs.
     """
 
     source: str
@@ -66,6 +69,7 @@ class CheckReport:
     words: dict[int, int]
     sizes: dict[str, tuple[int, int]]
     findings: list[Finding]
+    classes: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def hurts(self) -> bool:
@@ -79,8 +83,9 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [self.source, ""]
         for split, count in self.images.items():
-            pictures, captions = counted(count, "picture"), counted(self.captions[split], "caption")
-            lines.append(f"  {split:<14}{pictures:>18}{captions:>20}")
+            captions = f"{counted(self.captions[split], 'caption'):>20}" if split in self.captions else ""
+            lines.append(f"  {split:<14}{counted(count, 'picture'):>18}{captions}")
+        lines += ["", *_class_table(self.classes)] if self.classes else []
         if self.languages:
             lines += ["", "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items())]
         if self.sizes:
@@ -167,6 +172,46 @@ def check(
     )
 
 
+def check_classes(
+    source: ImageFolder, *, max_bad_fraction: float = 0.01, threads: int | None = None, progress: bool = True
+) -> CheckReport:
+    """Reads every picture of a folder with a folder for each class, as `check` does of pairs.
+
+    Args:
+        source: The folder.
+        max_bad_fraction: See `check`.
+        threads: See `check`.
+        progress: See `check`.
+    """
+    check_share("max_bad_fraction", max_bad_fraction, whole=True)
+    splits = {name: source.split(name) for name in source.splits()}
+    pictures = {name: {split.name(i): i for i in range(len(split))} for name, split in splits.items()}
+    looked = _look(splits, pictures, threads or min(8, os.cpu_count() or 1), progress)
+    classes: dict[str, dict[str, int]] = {name: dict.fromkeys(splits, 0) for name in source.classes}
+    for name, split in splits.items():
+        for i in range(len(split)):
+            classes[source.classes[split.label(i)]][name] += 1
+    kinds = _images(looked, named_splits=source.named_splits, again="take out all but one of the copies")
+    findings = [
+        Finding(what, len(some), of, may_hurt and len(some) > allowed(of, max_bad_fraction), some[:FIRST], remedy)
+        for what, some, of, may_hurt, remedy in kinds
+        if some
+    ]
+    if untaught := [name for name, counts in classes.items() if not counts["train"]]:
+        what, remedy = "classes without a picture in train", "put some there"
+        findings.append(Finding(what, len(untaught), len(classes), True, untaught[:FIRST], remedy))
+    return CheckReport(
+        source="; ".join(filter(None, (f"pictures of {counted(len(classes), 'class', 'classes')}", source.left_out))),
+        images={name: len(split) for name, split in splits.items()},
+        captions={},
+        languages={},
+        words={},
+        sizes=_sizes([image.size for image in looked if image.size]),
+        findings=sorted(findings, key=lambda finding: not finding.hurts),
+        classes=classes,
+    )
+
+
 @dataclasses.dataclass
 class _Looked:
     split: str
@@ -187,7 +232,7 @@ def _pictures(split: Pairs, captions: Sequence[Sequence[Caption]]) -> dict[str, 
 
 
 def _look(
-    splits: Mapping[str, Pairs], pictures: Mapping[str, Mapping[str, int]], threads: int, progress: bool
+    splits: Mapping[str, Pairs | Classified], pictures: Mapping[str, Mapping[str, int]], threads: int, progress: bool
 ) -> list[_Looked]:
     """Decodes every picture, a few hundred ahead at most."""
     from tqdm import tqdm
@@ -205,7 +250,7 @@ def _look(
     return looked
 
 
-def _look_at(split: str, pairs: Pairs, name: str, i: int) -> _Looked:
+def _look_at(split: str, pairs: Pairs | Classified, name: str, i: int) -> _Looked:
     try:
         image = pairs.image(i)
     except ImageError as error:
@@ -269,7 +314,7 @@ def _rows(report: Report, max_bad_fraction: float) -> list[Finding]:
     return found + [Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()]
 
 
-def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[Kind]:
+def _images(looked: Sequence[_Looked], *, named_splits: bool, again: str = "list its captions together") -> list[Kind]:
     first: dict[bytes, _Looked] = {}
     inside: list[str] = []
     across: list[str] = []
@@ -293,7 +338,7 @@ def _images(looked: Sequence[_Looked], *, named_splits: bool) -> list[Kind]:
     return [
         *((f"corrupt pictures in {name}", bad[name], n, True, out) for name, n in totals.items()),
         ("pictures that are in two splits", across, held_out, True, apart),
-        ("the same picture again in its split", inside, total, False, "list its captions together"),
+        ("the same picture again in its split", inside, total, False, again),
         ("pictures of a single colour", blank, total, True, "take them out"),
         ("pictures under 16 pixels, or 8 times longer than wide", thin, total, True, "take them out"),
     ]
@@ -308,6 +353,15 @@ def _one_caption(captions: Mapping[str, list[list[Caption]]]) -> list[Finding]:
             what, remedy = "pictures share one caption", "a model learns to say this of every picture"
             return [Finding(what, count, len(groups), count > len(groups) // 2, [repr(text[:80])], remedy)]
     return []
+
+
+def _class_table(classes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The pictures of each class by split, the largest classes first."""
+    ordered = sorted(classes.items(), key=lambda item: -sum(item[1].values()))
+    names = list(ordered[0][1])
+    lines = ["  class" + " " * 19 + "".join(f"{name:>10}" for name in names)]
+    lines += [f"  {name:<24}" + "".join(f"{counts[s]:>10,}" for s in names) for name, counts in ordered[:_CLASSES]]
+    return [*lines, *[f"  ... and {len(classes) - _CLASSES:,} more"] * (len(classes) > _CLASSES), ""]
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -110,6 +110,7 @@ class ImageFolder:
 
     Attributes:
         ignored: files in folders of classes that are no pictures by their ending.
+        named_splits: whether folders name the splits.
         left_out: what is not used, in words: pictures outside of the classes' folders, archives, folders without any.
 
     Raises:
@@ -144,6 +145,7 @@ class ImageFolder:
             raise ValueError(f"{root}: a folder for each class is needed, two at least; {why}")
         files = [_File(p.relative_to(top).as_posix(), p, self.classes.index(f.name)) for p, f, _ in taken]
         said = [split for _, _, split in taken]
+        self.named_splits = any(said)
         members, _ = normalize_splits([file.name for file in files], said, val_fraction)
         self._splits = {name: [files[i] for i in some] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):

@@ -23,6 +23,7 @@ from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import ImageError
+from support.cli import mmt
 
 COUNT = 211
 
@@ -390,3 +391,43 @@ def test_one_caption_of_a_million_letters_hides_no_others(tmp_path: Path) -> Non
     assert sum("#" in line for line in shown) >= 3
     assert shown[-1].split()[:2] == [shown[-1].split()[0], "1"]
     assert shown[-1].split()[0].endswith("+")
+
+
+def test_folders_of_classes_without_captions_are_looked_at_as_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "classes"
+    for place, numbers in {
+        "train/cat": range(4),
+        "train/개": range(4, 8),
+        "val/cat": range(8, 10),
+        "val/소": [3],
+    }.items():
+        (root / place).mkdir(parents=True)
+        for i in numbers:
+            (root / place / f"{i}.png").write_bytes(noise(i))
+    (root / "train" / "cat" / "1.png").write_bytes(DAMAGED)
+    (root / "train" / "개" / "5.png").write_bytes(DAMAGED)
+    code, out, _ = mmt(capsys, "check", str(root), "--out", str(tmp_path / "found.json"))
+    assert code == 1
+    assert "mmt fit --config vit_classify" in out
+    assert "no caption file" not in out
+    found = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert found["classes"] == {
+        "cat": {"train": 4, "val": 2},
+        "개": {"train": 4, "val": 0},
+        "소": {"train": 0, "val": 1},
+    }
+    said = {
+        f["what"]: (f["count"], f["hurts"], [line.partition(":")[0] for line in f["first"]]) for f in found["findings"]
+    }
+    assert said == {
+        "corrupt pictures in train": (2, True, ["train/cat/1.png", "train/개/5.png"]),
+        "classes without a picture in train": (1, True, ["소"]),
+        "pictures that are in two splits": (1, False, ["val/val/소/3.png = train/train/cat/3.png"]),
+    }
+    (root / "captions.csv").write_text("image,caption\nnone.png,a cat\n", "utf-8")
+    code, out, _ = mmt(capsys, "check", str(root))
+    assert (code, "missing picture" in out) == (1, True)  # what was meant as pairs is looked at as pairs
+    (root / "captions.csv").unlink()
+    assert "no caption file" in mmt(capsys, "check", str(root), "--default-language", "en")[1]
