@@ -141,6 +141,7 @@ def _summary(index: "ImageIndex") -> str:
     """What the index holds and where it lies, in a line."""
     found = index.changes
     counts = {"new": found.new, "changed": found.changed, "gone": found.gone, "could not be used": len(found.bad)}
+    counts["hidden and left out"] = found.hidden
     said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
     return f"{counted(len(index), 'picture')}{f' ({said})' if said else ''}; index: {index.path}"
 

@@ -205,6 +205,8 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         return drawn, [word for word, _ in words], rearrange(heat, "s w (y x) -> s w y x", y=rows).cpu()
 
     def _row(self, text: str, language: str | None, truncate: bool = False) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"what to draw, or to keep away from, is one text here, not {text!r:.80}")
         known = self.tokenizer.languages
         if language is None and known:
             hangul = any("가" <= letter <= "힣" for letter in text)

@@ -15,7 +15,8 @@ from torch import nn
 T = TypeVar("T")
 
 _USES = {
-    "CLIP": "it compares pictures and texts: `mmt search`, or ImageTextEmbedder (its save_transformers exports)",
+    "CLIP": "it compares pictures and texts: `mmt search`, or ImageTextEmbedder (its classify takes classes by their "
+    "names, its save_transformers exports)",
     "TextToImageModel": "it draws: `mmt draw`, or ImageGenerator",
     "Transformer": "it translates: `mmt translate`, or Translator",
     "ViT": "a vision encoder; one that vit_classify has trained classifies: `mmt classify`, or ImageClassifier",

@@ -94,6 +94,8 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
     assert sorted(photos.rglob("*")) == before, "nothing is written beside the pictures"
 
     again, said, err = mmt(capsys, *ask, "--top-k", "4", "--json")
+    (photos / ".h").mkdir()
+    Image.new("RGB", (9, 9)).save(photos / ".h" / "a.png")
     assert again == 1, "it still cannot be used, and is not tried again"
     assert err == f"6 pictures (1 could not be used); index: {index.resolve()}\n"
     rows = [json.loads(line) for line in said.splitlines()]
@@ -107,7 +109,7 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
     Image.new("RGB", (16, 16), "pink").save("photos/pink.png")
     Path("photos/red.png").unlink()
     _, _, err = mmt(capsys, *ask)
-    assert err.startswith("6 pictures (1 new, 1 gone, 1 could not be used)")
+    assert err.startswith("6 pictures (1 new, 1 gone, 1 could not be used, 1 hidden and left out)")
     Image.new("RGB", (16, 16), "cyan").save("photos/cyan.png")
     _, out, err = mmt(capsys, *ask, "--no-update")
     assert (len(out.splitlines()), err) == (6, "")

@@ -220,6 +220,9 @@ def test_what_cannot_be_drawn_is_refused(painter: ImageGenerator) -> None:
     for texts in (3, ["a red star", 3]):
         with pytest.raises(ValueError, match="texts must be a text, or a list of them, not 3"):
             painter(texts)  # pyright: ignore[reportArgumentType]
+    for call in (lambda: painter.heatmap(["a"]), lambda: painter("a", negative_prompt=3)):  # pyright: ignore
+        with pytest.raises(ValueError, match=r"is one text here, not (\['a'\]|3)"):
+            call()
     with pytest.raises(ValueError, match="2 seeds for 3 texts"):
         painter(TEXTS, seed=[1, 2])
     with pytest.raises(ValueError, match="16 x 20 px are not divided"):

@@ -78,6 +78,7 @@ class Changes:
         computed: How many went through the model; a file that was moved, or only touched, does not.
         bad: Pictures that cannot be used -> what is wrong, all of them.
         tried: Those of `bad` that were tried in this update; the others had not changed.
+        hidden: Pictures that are hidden, or in hidden folders, and are left out.
     """
 
     new: int = 0
@@ -86,6 +87,7 @@ class Changes:
     computed: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     tried: Sequence[str] = ()
+    hidden: int = 0
 
 
 class Update:
@@ -262,7 +264,7 @@ class Update:
         there = [(i, row) for i, row in enumerate(self._rows) if row >= 0]
         changed = sum(row != self._before[i] and self._before[i] >= 0 for i, row in there)
         new = sum(self._before[i] < 0 for i, _ in there)
-        return Changes(new, changed, len(self._gone), len(self._hashes), self._errors, tried)
+        return Changes(new, changed, len(self._gone), len(self._hashes), self._errors, tried, len(self.images.hidden))
 
 
 def _same(kept: Sequence[Any], stamp: Stamp | None) -> bool:
