@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -79,6 +80,7 @@ class CaptionScores:
         unit: What was counted, "word" or "character".
         cut: The pictures with a caption or reference of more than 10,000 characters, of which the rest is not scored.
         statistics: What the scores are made of, a picture each: for `compare`.
+        checksums: Of each picture's references, by its name, whatever their order: for `compare`.
     """
 
     values: dict[str, float | str]
@@ -88,6 +90,7 @@ class CaptionScores:
     unit: str
     cut: tuple[str, ...] = ()
     statistics: tuple[Statistics, ...] = field(repr=False, compare=False, default=())
+    checksums: dict[str, int] = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -229,6 +232,7 @@ def score_captions(
         unit=unit,
         cut=tuple(long),
         statistics=tuple(parts),
+        checksums={name: crc32(repr(sorted(refs)).encode()) for name, refs in zip(names, theirs, strict=True)},
     )
 
 
@@ -247,17 +251,23 @@ def compare(
         By name of each score that both have: second minus first, its 95 % interval, and the p-value.
 
     Raises:
-        ValueError: If the runs are not on the same pictures or count different units.
+        ValueError: If the runs are not on the same pictures and references, or count different units.
     """
     if first.unit != second.unit:
         raise ValueError(f"one run counts {first.unit}s and the other {second.unit}s")
     _same_names("the first run", first.per_image, "the second run", second.per_image)
+    others = [name for name in first.per_image if first.checksums.get(name) != second.checksums.get(name)]
+    if others:
+        raise ValueError(
+            f"the runs were scored against different references of {counted(len(others), 'picture')}, such as "
+            f"{others[0]!r}: score both against the same ones"
+        )
     place = {name: i for i, name in enumerate(second.per_image)}
     order = [place[name] for name in first.per_image]
-    others = {part.names: part for part in second.statistics}
+    theirs = {part.names: part for part in second.statistics}
     out: dict[str, Comparison] = {}
     for part in first.statistics:
-        if (other := others.get(part.names)) is not None:
+        if (other := theirs.get(part.names)) is not None:
             found = paired_test(part.values, other.values[order], part.combine, n_resamples=n_resamples, seed=seed)
             out |= dict(zip(part.names, found, strict=True))
     return out

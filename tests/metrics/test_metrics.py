@@ -261,6 +261,17 @@ def test_compare_two_runs_in_any_order_of_images() -> None:
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 
 
+def test_runs_that_were_scored_against_other_references_are_not_compared() -> None:
+    candidates, references = captions(23, 6)
+    first = score_captions(candidates, references, meteor=False, spice=False)
+    turned = {name: texts[::-1] for name, texts in references.items()}
+    assert compare(first, score_captions(candidates, turned, meteor=False, spice=False))["bleu_4"].difference == 0
+    name = list(references)[3]
+    others = score_captions(candidates, turned | {name: ["a dog"]}, meteor=False, spice=False)
+    with pytest.raises(ValueError, match=f"against different references of 1 picture, such as '{name}'"):
+        compare(first, others)
+
+
 def test_a_thousand_images_take_less_than_two_seconds() -> None:
     candidates, references = captions(1000, 8, most=1)
     references = {name: texts * 5 for name, texts in references.items()}
