@@ -34,9 +34,12 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.serialization.pretrained import find_folder, read_json
-from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.printable import counted, json_text
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
+
+EXAMPLE = "a large red star"
+"""What a model of the embedded scenes can draw."""
 
 
 class ImageGenerator(Pipeline[TextToImageModel]):
@@ -243,12 +246,13 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         colours = (pixels.float() * std + mean).clamp(0, 1).mul(255).round().byte()
         return [Image.fromarray(np.ascontiguousarray(x)) for x in colours.permute(0, 2, 3, 1).cpu().numpy()]
 
-    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+    def save_pretrained(self, folder: str | Path, *, card: str = "", example: str = EXAMPLE) -> None:
         """Writes model, tokenizer, image transform, how to draw, and a model card.
 
         Args:
             folder: Where to; made if it is not there.
             card: Text for the model card, below its heading: how it was trained, its scores.
+            example: A text like those that it has learnt, which the card shows how to draw.
         """
         folder = Path(folder)
         self.model.save_pretrained(folder)
@@ -263,7 +267,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             about=f"A diffusion transformer of mmtransformer that draws {width} x {height} pixels",
             usage="from mmtransformer import ImageGenerator\n\n"
             'painter = ImageGenerator.from_pretrained("FOLDER")  # this folder\n'
-            'painter("a large red star")[0][0].save("picture.png")',
+            f'painter({json_text(example)})[0][0].save("picture.png")',
             note=card,
         )
 

@@ -1,22 +1,27 @@
 """Image generation: a diffusion transformer that learns to draw what texts say. The mirror of captioning."""
 
 from collections.abc import Sequence
+from shlex import quote
 
 import torch
+from PIL import Image, ImageOps
 
 from mmtransformer.batch import CaptionBatch, SumAndCount
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.diffusion.image_generation import ImageGenerationConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.images import ImageError
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.pipelines.image_generator import ImageGenerator
+from mmtransformer.pipelines.image_generator import EXAMPLE, ImageGenerator
 from mmtransformer.plots import Card, CardCaption, plot_gallery, save_image
 from mmtransformer.serialization.printable import fenced, program, say
 from mmtransformer.training.engine.optim import OptimConfig
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.drawn_facts import (
+    SEED,
     compare_seeds,
     reader_accuracy,
     score_drawings,
@@ -31,7 +36,8 @@ from mmtransformer.training.tasks.data_checks import check_texts
 class ImageGeneration(Task[CaptionData]):
     """Trains a model to draw what people say of a picture.
 
-    Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.facts_from_image`).
+    Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.facts_from_image`);
+    of other data the gallery shows it beside the pictures.
 
     Args:
         model: The model.
@@ -117,9 +123,15 @@ class ImageGeneration(Task[CaptionData]):
         )
         count = self.num_test_images if run.limit_batches is None else min(self.num_test_images, 2 * run.limit_batches)
         scores, curve, reader, seeds, second, cards = {}, {}, {}, {}, {}, []
+        losses, example = {}, EXAMPLE
         for split in data.val_splits:
             pairs = data.pairs(split)
             if not isinstance(pairs, SceneSplit):
+                drawn = draw_captions(painter, pairs, min(self.num_gallery_images // len(data.val_splits), count))
+                cards += drawn
+                example = min((card.captions[0].text for card in drawn), key=len, default=example)
+                if (loss := self.validation_means.get(f"{split}/loss")) is not None:
+                    losses[split] = loss
                 continue
             reader[split] = reader_accuracy(pairs, count).to_dict()
             scores[split], second[split] = {}, {}
@@ -138,13 +150,17 @@ class ImageGeneration(Task[CaptionData]):
                 some, _ = score_drawings(painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale)
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
         metrics = {"drawings": scores, "reader": reader, "guidance": curve, "seeds": seeds, "captioner": second}
-        found = table(scores)
-        painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
+        metrics |= {"loss": losses} if losses else {}
+        found = "\n".join(
+            filter(None, (table(scores), *(f"{split}: loss {loss:.4f}" for split, loss in losses.items())))
+        )
+        note = f"## Scores\n\n{fenced(found)}" if found else ""
+        painter.save_pretrained(run.folder / "model", card=note, example=example)
         if cards:
             gallery = plot_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
-        limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
-        found = f"of true pictures the reader reads {limits} of the facts\n{found}"
+        if limits := ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items()):
+            found = f"of true pictures the reader reads {limits} of the facts\n{found}"
         for split, both in seeds.items():
             found += (
                 f"\n{split}: two seeds of a text say the same {both['same']:.1%} of the time; their pixels are "
@@ -158,6 +174,26 @@ class ImageGeneration(Task[CaptionData]):
                 )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
         command = (
-            f'{program()} draw "a large red star" {model_option(run.folder / "model", self.model)} --out picture.png'
+            f"{program()} draw {quote(example)} {model_option(run.folder / 'model', self.model)} --out picture.png"
         )
         say(f"\nDraw something of your own:\n  {command}")
+
+
+def draw_captions(painter: ImageGenerator, pairs: Pairs, count: int) -> list[Card]:
+    """Cards of what is drawn of the first captions of a split, each to the right of the picture that it is of."""
+    cards = []
+    for i in range(len(pairs)):
+        if len(cards) == count:
+            break
+        try:
+            image, caption = pairs.image(i), pairs.captions(i)[0]
+        except ImageError:
+            continue
+        text = " ".join(caption.text.split())
+        language = caption.language if caption.language in painter.tokenizer.languages else None
+        ((drawn,),) = painter(text, language=language, seed=SEED + i, truncate=True)
+        sheet = Image.new("RGB", (2 * drawn.width + 4, drawn.height), "white")
+        sheet.paste(ImageOps.pad(image, drawn.size, color="white"))
+        sheet.paste(drawn, (drawn.width + 4, 0))
+        cards.append(Card(sheet, [CardCaption(text, language)], heading=pairs.name(i)))
+    return cards

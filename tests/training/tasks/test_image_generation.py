@@ -1,6 +1,7 @@
 """Image generation as a task: a run from YAML to its folder, scores that follow from the seed, and what is refused."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from mmtransformer import DiffusionTransformer, ImageGenerationConfig, ImageGenerator, TextEncoder, TextToImageModel
+from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.scenes.facts import judge_facts
 from mmtransformer.data.scenes.meaning import Facts, GroupFacts
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
@@ -24,6 +27,7 @@ from mmtransformer.training.evaluation.drawn_facts import (
     score_drawings,
     texts_of,
 )
+from mmtransformer.training.tasks.image_generation import draw_captions
 from support.cli import mmt
 
 ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
@@ -89,6 +93,43 @@ def test_a_run_from_its_recipe_to_a_drawing(
     words = ["draw", "빨간 별", "--model", str(run / "model"), "--out", "one.png", "--strip", "strip.png"]
     assert mmt(capsys, *words)[0] == 0
     assert Path("one.png").is_file()
+
+
+def test_of_own_data_captions_are_drawn_beside_their_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    rows = ["image,caption,split"]
+    for i in range(9):
+        Image.new("RGB", (40 + i, 30), (20 * i, 90, 200)).save(f"own/{i}.png")
+        rows.append(f"{i}.png,it's picture {i}{' of several' * i},{'train' if i < 6 else 'val'}")
+    Path("own/captions.csv").write_text("\n".join(rows), "utf-8")
+    Path("own/6.png").write_bytes(b"no picture")
+    Path("draw.yaml").write_text(yaml.safe_dump(recipe()), "utf-8")
+    words = ["fit", "--config", "draw.yaml", "--data.source", "own", "--trainer.max_steps", "2"]
+    code, out, errors = mmt(capsys, *words)
+    assert code == 0, errors
+    run = Path("runs/draw")
+    text = "it's picture 7" + " of several" * 7
+    card = (run / "model" / "README.md").read_text("utf-8")
+    assert f'painter("{text}")' in card
+    loss = json.loads((run / "metrics.json").read_text("utf-8"))["loss"]["val"]
+    assert f"val: loss {loss:.4f}" in card
+    assert f"val: loss {loss:.4f}" in out
+    assert "1 picture could not be read" in out
+    assert "of true pictures" not in out
+    assert f"gallery   {run / 'gallery.png'}" in out
+    assert (run / "gallery.png").stat().st_size > 1000
+    told = shlex.split(out[out.index("Draw something of your own:") :].splitlines()[1])
+    assert told[told.index("draw") + 1] == text
+    painter = ImageGenerator.from_pretrained(run / "model", device="cpu")
+    cards = draw_captions(painter, open_pairs("own").split("val"), 5)
+    assert [(c.heading, c.captions[0].text) for c in cards] == [
+        (f"{i}.png", f"it's picture {i}" + " of several" * i) for i in (7, 8)
+    ]
+    assert cards[0].image.size == (2 * 64 + 4, 64)
+    assert cards[0].image.getpixel((32, 32)) == (140, 90, 200)
 
 
 @pytest.mark.parametrize("limit", ["0", "0.0"])
