@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from mmtransformer.layers.config import known_fields
 
@@ -71,6 +71,7 @@ class GenerationConfig:
     guidance_scale: float = 1.0
     force_words: tuple[str, ...] = ()
     add_image_tokens: bool = False
+    _asked: ClassVar[frozenset[str]] = frozenset()  # settings that `limited` must not cut
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -91,6 +92,9 @@ class GenerationConfig:
             raise ValueError(f"num_beams ({beams}) must be a multiple of num_beam_groups ({groups})")
         if self.diversity_penalty and groups == 1:
             raise ValueError(f"diversity_penalty ({self.diversity_penalty}) needs num_beam_groups above 1")
+        for name, none in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
+            if getattr(self, name) != none and not self.do_sample:
+                raise ValueError(f"{name} changes how tokens are drawn, and none are: it needs do_sample")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) cannot exceed max_new_tokens ({self.max_new_tokens})"
@@ -111,9 +115,6 @@ class GenerationConfig:
             return self
         for name, value in changes.items():
             _check_setting(name, value)
-        for name in ("temperature", "top_k", "top_p"):
-            if changes.get(name) is not None and not changes.get("do_sample", self.do_sample):
-                raise ValueError(f"{name} changes how tokens are drawn, and none are: it needs do_sample")
         if "max_new_tokens" in changes:
             changes = {"min_new_tokens": min(self.min_new_tokens, changes["max_new_tokens"])} | changes
         if changes.get("do_sample"):
@@ -126,12 +127,37 @@ class GenerationConfig:
         for name in ("length_penalty", "length_offset"):
             if name in changes and changes.get("num_beams", self.num_beams) == 1:
                 raise ValueError(f"{name} weighs beams of different lengths, and there are none: it needs num_beams")
+        return self.changed(**changes).asked(*changes, *self._asked)
+
+    def changed(self, **changes: Any) -> Self:
+        """These settings with some changed and no others, but how tokens are drawn where none are any more.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        if changes.get("do_sample") is False:
+            changes = {"temperature": 1.0, "top_k": None, "top_p": None} | changes
         return dataclasses.replace(self, **changes)
 
+    def asked(self, *names: str) -> Self:
+        """These settings, of which a call asks for some by name: `limited` does not cut those."""
+        found = copy.copy(self)
+        object.__setattr__(found, "_asked", frozenset(names))
+        return found
+
     def limited(self, most: int) -> Self:
-        """These settings with no more than `most` new tokens, and one at least."""
+        """These settings with no more than `most` new tokens, and one at least; `generate` refuses what was asked for.
+
+        Raises:
+            ValueError: if more tokens were asked for at least.
+        """
         most = max(most, 1)
-        if self.max_new_tokens <= most:
+        if "min_new_tokens" in self._asked and self.min_new_tokens > most:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) does not fit: behind this prompt the model reads {most} new "
+                "tokens at most"
+            )
+        if self.max_new_tokens <= most or "max_new_tokens" in self._asked:
             return self
         found = copy.copy(self)
         object.__setattr__(found, "min_new_tokens", min(self.min_new_tokens, most))
@@ -140,9 +166,9 @@ class GenerationConfig:
 
     def one_at_a_time(self) -> Self:
         """These settings for one text, written token by token: what takes several beams is left aside."""
-        return dataclasses.replace(
-            self, num_beams=1, num_return_sequences=1, num_beam_groups=1, diversity_penalty=0.0, force_words=()
-        )
+        return self.changed(
+            num_beams=1, num_return_sequences=1, num_beam_groups=1, diversity_penalty=0.0, force_words=()
+        ).asked(*self._asked)
 
     def streamed(self, **changes: Any) -> Self:
         """These settings with some changed, for one text that is shown while it is written; their beams are left aside.

@@ -1,6 +1,5 @@
 """generate() and stream(): texts from any model with prefill and decode_step, by greedy search, sampling or beams."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
@@ -55,7 +54,7 @@ def generate(
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
     c = GenerationConfig() if config is None else config
-    c = dataclasses.replace(c, **changes) if changes else c
+    c = c.changed(**changes) if changes else c
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
     if not len(batch.tokens):
@@ -102,7 +101,7 @@ def stream(
         ValueError: as `generate`; and for several beams or texts, of which no token is sure before the end.
     """
     c = GenerationConfig() if config is None else config
-    c = dataclasses.replace(c, **changes) if changes else c
+    c = c.changed(**changes) if changes else c
     ends = check(c, model, batch, eos_id)
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(

@@ -212,6 +212,8 @@ def settings_for(given: S | None, own: S, changes: Mapping[str, Any]) -> S:
     found = own if given is None else given
     if type(found) is not type(own):
         check_configs(generation=(found, type(own)))
+    if isinstance(given, GenerationConfig) and given.min_new_tokens:  # by the caller, not saved with a model
+        found = given.asked("min_new_tokens")
     return found.updated(**changes) if changes else found
 
 

@@ -1,5 +1,6 @@
 """generate() against transformers' generate with the same weights, against the definition of its scores, and itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -297,6 +298,20 @@ def test_errors_name_the_numbers(captioner: VisionEncoderDecoder) -> None:
     for options, message in faults:
         with pytest.raises(ValueError, match=message):
             generate(captioner, batch, eos_id=EOS, **options)
+    for name, value in (("temperature", 0.5), ("top_k", 3), ("top_p", 0.5)):
+        calls: list[Callable[[], Any]] = [
+            lambda changes={name: value}: generate(captioner, batch, eos_id=EOS, **changes),
+            lambda changes={name: value}: next(stream(captioner, batch, eos_id=EOS, **changes)),
+            lambda changes={name: value}: GenerationConfig(**changes),
+            lambda changes={name: value}: GenerationConfig().updated(**changes),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=f"{name} changes how tokens are drawn, and none are"):
+                call()
+    drawn = GenerationConfig(do_sample=True, temperature=0.5, top_k=3, max_new_tokens=5)
+    greedy = generate(captioner, batch, eos_id=EOS, max_new_tokens=5)
+    assert generate(captioner, batch, drawn, eos_id=EOS, do_sample=False) == greedy
+    assert drawn.updated(do_sample=False) == GenerationConfig(max_new_tokens=5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)

@@ -125,6 +125,26 @@ def test_a_streamed_caption_takes_single_settings_too() -> None:
             call(image, generation_config=GenerationConfig())
 
 
+def test_more_tokens_than_the_model_reads_are_refused_where_they_are_asked_for() -> None:
+    model, image = captioner(), images()[0]
+    model.generation = GenerationConfig(max_new_tokens=60, min_new_tokens=50)
+    (said,) = model(image)[0]  # the model's own settings are cut
+    most = len(said.tokens)
+    assert 30 < most < 40
+    assert "".join(model.stream_text(image)) == said.text
+    least = GenerationConfig(max_new_tokens=60, min_new_tokens=50)
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"min_new_tokens": 50}, rf"min_new_tokens \(50\) does not fit: .* reads {most} new tokens at most"),
+        ({"generation": least}, rf"min_new_tokens \(50\) does not fit: .* reads {most} new tokens at most"),
+        ({"max_new_tokens": 50, "min_new_tokens": 0}, rf"max_new_tokens \(50\) are more .* at most {most} new tokens"),
+    ]
+    for options, message in asked:
+        for call in (model, lambda *x, **y: [*model.stream_text(*x, **y)], lambda x, **y: [*model.stream([x], **y)]):
+            with pytest.raises(ValueError, match=message):
+                call(image, **options)
+    assert len(model(image, max_new_tokens=most)[0][0].tokens) == most
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, None, "3"])
 def test_a_batch_of_none_is_refused(size: Any) -> None:
     words = tokenizer()
