@@ -118,6 +118,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from mmtransformer.cli.guards.parser import RecipeParser
     from mmtransformer.pipelines.base import check_cores
     from mmtransformer.pipelines.image_text_embedder import ImageTextEmbedder
     from mmtransformer.training import Captioning, ContrastiveLearning, Progress, SamplePrinter
@@ -134,16 +135,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     _quiet()
     set_up_process()  # Before a model of the user's computes anything, too.
 
-    class WholeKeys(LightningArgumentParser):
-        """Takes no abbreviated keys, nor do the parsers that it makes for what stands inside."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["allow_abbrev"] = False
-            super().__init__(*args, **kwargs)
-
     class RecipeCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            parser = WholeKeys(**kwargs)
+            parser = RecipeParser(**kwargs)
             parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe")
             return parser
 

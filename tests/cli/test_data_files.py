@@ -222,3 +222,13 @@ def test_a_key_that_stands_one_level_lower_is_named(folder: Path, capsys: pytest
     assert code == 2
     assert "no such key: data.num_worker (" in err
     assert 'did you mean "data.loader.num_workers"?' in err
+
+
+@pytest.mark.parametrize("none", ["=null", "=None", " None"])
+def test_every_key_that_may_be_null_takes_it(none: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("data.read.encoding", "model.captioner.vision.mlp_dim", "model.generation.top_k")
+    words = [word for key in (*keys, "trainer.check_val_every_n_epoch") for word in f"--{key}{none}".split()]
+    found = printed(["--config", "caption_scenes", "--config", "tiny", *words], capsys)
+    model, data = found["model"]["init_args"], found["data"]["init_args"]
+    assert data["read"]["encoding"] is model["captioner"]["init_args"]["vision"]["init_args"]["mlp_dim"] is None
+    assert model["generation"]["top_k"] is found["trainer"]["check_val_every_n_epoch"] is None
