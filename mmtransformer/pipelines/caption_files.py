@@ -14,7 +14,6 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mmtransformer.data.files.text import guess_encoding, utf_16
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.printable import counted, json_text
@@ -266,6 +265,8 @@ class Lines(ResultFile[T]):
             told = [(said["image"], _kind(said[key], self._form.kind), line) for said, line in lines]
             return "", told, cut
         except UnicodeDecodeError as error:
+            from mmtransformer.data.files.text import guess_encoding, utf_16  # Data are no part of captioning else.
+
             guess = "UTF-16" if utf_16(data) else guess_encoding(data)[0]
             raise ValueError(
                 f"{self.where} is there, and is not UTF-8 (it may be {guess}): save it as UTF-8 to go on with it, or "
