@@ -268,7 +268,8 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     Raises:
         TypeError: of what is no batch, such as a tensor of pixels alone.
         ValueError: as `check_texts`, if masks are not of the tokens or images, a row is longer than the captioner can
-            read, or (on a CPU: elsewhere it would be a wait for the device) has padding that is not at its end.
+            read, or (on a CPU: elsewhere it would be a wait for the device) has padding that is not at its end or is
+            to be predicted.
     """
     if not hasattr(batch, "attention_mask"):
         what = "tensor" if isinstance(batch, Tensor) else type(batch).__name__
@@ -293,4 +294,9 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
         if bool(late.any()):
             raise ValueError(
                 f"row {int(late.nonzero()[0])} has real tokens behind padding: only prompts are padded on the left"
+            )
+        if bool((fill := (batch.loss_mask & ~mask).any(1)).any()):
+            raise ValueError(
+                f"loss_mask asks for padding in row {int(fill.nonzero()[0])}, where attention_mask is False: a loss is "
+                "of real tokens, so give loss_mask & attention_mask"
             )

@@ -38,7 +38,7 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
 
     Raises:
         ValueError: for another word, packed rows that do not say where images stand, or (on a CPU) tokens that come
-            after more images than there are.
+            after more images than there are, or fewer than none.
     """
     check_visible_images(visible_images)
     (n, q), (b, i) = batch.tokens.shape, batch.visual.shape[:2]
@@ -61,6 +61,11 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
     if seen.device.type == "cpu" and bool((seen > last).any()):
         row = int((seen > last).any(1).nonzero()[0])
         raise ValueError(f"row {row} has text after image {int(seen[row].max())}, but only {int(last[row])} images")
+    if seen.device.type == "cpu" and bool((seen < 0).any()):
+        row = int((seen < 0).any(1).nonzero()[0])
+        raise ValueError(
+            f"image_index of row {row} has {int(seen[row].min())}: images are numbered from 1, and 0 stands before all"
+        )
     allowed = masks.images(seen, numbers, last_only=visible_images == "last")
     if batch.first_image_index is not None:
         first = batch.first_image_index

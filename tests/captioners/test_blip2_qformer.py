@@ -225,7 +225,7 @@ def test_bad_texts_are_named() -> None:
     attention_mask = given.attention_mask.clone()
     attention_mask[5] = False
     with pytest.raises(ValueError, match="text 5 of 8 is empty"):
-        m(replace(given, attention_mask=attention_mask))
+        m(replace(given, attention_mask=attention_mask, loss_mask=given.loss_mask & attention_mask))
     with pytest.raises(ValueError, match="rows of 23 tokens, but the captioner reads 19 at most"):
         m(batch((23, 5), 2))
     with pytest.raises(ValueError, match="8 texts cannot be shared out among 3 images"):

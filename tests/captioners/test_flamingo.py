@@ -347,6 +347,8 @@ def test_layouts_that_cannot_be_are_refused() -> None:
     assert given.image_index is not None
     with pytest.raises(ValueError, match="row 1 has text after image 3, but only 1 images"):
         model.logits(replace(given, image_index=given.image_index + torch.tensor([[0], [2]])))
+    with pytest.raises(ValueError, match="image_index of row 1 has -1: images are numbered from 1"):
+        model.logits(replace(given, image_index=given.image_index - torch.tensor([[0], [1]])))
     packed = laid_out("I.|I..")
     with pytest.raises(ValueError, match="need image_index: which"):
         model.logits(replace(packed, image_index=None))

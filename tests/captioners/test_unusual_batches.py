@@ -155,6 +155,17 @@ def test_masks_of_one_row_or_column_are_not_stretched_over_all() -> None:
             caption_loss(flamingo, batch(2, masks={"loss_mask": ones(*shape)}))
 
 
+def test_a_loss_of_padding_is_refused() -> None:
+    real = torch.ones(2, 5, dtype=torch.bool)
+    real[1, 3:] = False
+    model = CAPTIONERS["cross-attention"]()
+    given = batch(2, masks={"attention_mask": real})
+    for call in (model, model.logits, partial(caption_loss, model)):
+        with pytest.raises(ValueError, match="loss_mask asks for padding in row 1, where attention_mask is False"):
+            call(given)
+    assert model(replace(given, loss_mask=given.loss_mask & real)).loss.isfinite()
+
+
 def test_parts_of_another_kind_are_named() -> None:
     qformer = QFormer(3, 24, 1, 2, 24)
     for other in (
