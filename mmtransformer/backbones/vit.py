@@ -56,9 +56,7 @@ class ViT(Pretrained, nn.Module):
         block: what the blocks are made of.
         rope: how blocks turn queries and keys of patches (EVA-02, DINOv3); not at all in the paper.
         output: what stands behind the blocks: the last norm, attention pooling.
-
-    Attributes:
-        transform: how pictures become its pixels, of a public tower; None = it does not say.
+        transform: how pictures become its pixels, as of a public tower; saved with it; None = it does not say.
 
     Raises:
         ValueError: if sizes do not divide, or the class token is pooled where there is none.
@@ -83,6 +81,7 @@ class ViT(Pretrained, nn.Module):
         block: ViTBlockConfig = ViTBlockConfig(),
         rope: ViTRopeConfig = ViTRopeConfig(),
         output: ViTOutputConfig = ViTOutputConfig(),
+        transform: ImageTransform | None = None,
     ) -> None:
         super().__init__()
         height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
@@ -91,6 +90,8 @@ class ViT(Pretrained, nn.Module):
         check_sizes(0, depth=depth, num_registers=num_registers, num_classes=num_classes)
         check_configs(patches=(patches, ViTPatchConfig), block=(block, ViTBlockConfig), rope=(rope, ViTRopeConfig),
                       output=(output, ViTOutputConfig))  # fmt: skip
+        if transform is not None:
+            check_configs(transform=(transform, ImageTransform))
         if height % patch_size or width % patch_size:
             raise ValueError(f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})")
         if pool not in ("class", "mean", "attention", "distilled"):
@@ -109,7 +110,7 @@ class ViT(Pretrained, nn.Module):
         self.grid_size = (height // patch_size, width // patch_size)
         self.table_grid = patches.pos_embed.grid or self.grid_size
         self.grad_checkpointing = False
-        self.transform: ImageTransform | None = None
+        self.transform = transform
 
         norm = partial(block.make_norm, dim)
         self.patch_embed = (

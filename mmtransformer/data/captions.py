@@ -158,14 +158,15 @@ class CaptionData(DataModule):
         self.clear_cache()
         self._features, self._datasets = {}, {}
 
-    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16) -> str:
+    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16, known: bool = True) -> str:
         """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Args:
             own: Its transform.
             patch_size: Side of its patches, px.
+            known: Whether it says so itself; else `own` is the default.
         """
-        self.transform, line = of_tower(self._own_transform, self._resize, own, patch_size)
+        self.transform, line = of_tower(self._own_transform, self._resize, own, patch_size, known)
         return line
 
     @property

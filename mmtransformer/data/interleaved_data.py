@@ -117,13 +117,13 @@ class InterleavedData(DataModule):
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
 
-    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16) -> str:
+    def use_vision_transform(self, own: ImageTransform, patch_size: int = 16, known: bool = True) -> str:
         """Read pictures as a vision encoder does, unless `transform` says otherwise; return a line that says how.
 
         Pictures of documents have one size: those of a tower that reads native sizes are stretched to a square.
         """
         resize = "squash" if own.resize == "native" else None
-        self.transform, line = of_tower(self._own_transform, resize, own, patch_size)
+        self.transform, line = of_tower(self._own_transform, resize, own, patch_size, known)
         return line
 
     def continue_from(

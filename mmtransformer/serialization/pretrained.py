@@ -70,10 +70,10 @@ def to_config(module: nn.Module, place: str = "the model") -> dict[str, Any]:
         elif isinstance(value, tuple):
             value = list(value)
         elif is_dataclass(value) and not isinstance(value, type):
-            if not public and _settings_kind(hints_of(kind).get(name)) is None:
-                raise ValueError(
-                    f"{what}: annotate its {name} ({name}: {type(value).__name__}): config.json holds its fields alone"
-                )
+            if (held := _settings_kind(hints_of(kind).get(name))) is not type(value):
+                told = f"{name} is no plain {held.__name__}" if held else f"{name} ({name}: {type(value).__name__})"
+                told = f"its {told}, and its own code would be lost" if held else f"annotate its {told}"
+                raise ValueError(f"{what}: {told}: config.json holds its fields alone")
             value = asdict(value)
         args[name] = value
     try:

@@ -33,6 +33,7 @@ from mmtransformer import (
     HFDecoder,
     HFSeq2Seq,
     ImageGenerator,
+    ImageTransform,
     LinearAttention,
     LinearConnector,
     LinearProjector,
@@ -108,7 +109,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         block=ViTBlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
     ),
     "ViT with a stem": lambda: ViT(
-        **VISION, patches=ViTPatchConfig(1, "conv", positions="sinusoidal"), class_token=False, pool="mean"
+        **VISION, patches=ViTPatchConfig(1, "conv", positions="sinusoidal"), class_token=False, pool="mean",
+        transform=ImageTransform(28, "crop", (0.1, 0.2, 0.3), crop_fraction=0.9),
     ),
     "ViT of other blocks": lambda: ViT(
         **VISION, patches=ViTPatchConfig(embed_norm=True), output=ViTOutputConfig("none"),

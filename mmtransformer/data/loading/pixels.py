@@ -7,6 +7,8 @@ from mmtransformer.images import ImageTransform, NativeSize
 
 Resize = Literal["squash", "crop", "letterbox", "native"]
 
+_DEFAULT = "the default; the vision encoder (the folder that it is loaded from) does not say"
+
 
 def fitted(transform: ImageTransform, resize: Resize | None, patch_size: int = 16) -> ImageTransform:
     """The transform with another way to make a picture fit; one that cuts nothing keeps no margin.
@@ -29,7 +31,11 @@ def fitted(transform: ImageTransform, resize: Resize | None, patch_size: int = 1
 
 
 def of_tower(
-    transform: ImageTransform | None, resize: Resize | None, own: ImageTransform, patch_size: int = 16
+    transform: ImageTransform | None,
+    resize: Resize | None,
+    own: ImageTransform,
+    patch_size: int = 16,
+    known: bool = True,
 ) -> tuple[ImageTransform, str]:
     """What a run reads pictures as, and a line that says so.
 
@@ -38,13 +44,19 @@ def of_tower(
         resize: how pictures are made to fit in place of the vision encoder's own way.
         own: the vision encoder's own transform.
         patch_size: side of its patches, px.
+        known: whether the vision encoder says so itself; else `own` is the default for its size.
     """
     found = fitted(own, resize, patch_size) if transform is None else transform
     if transform is None:
+        whose = "the vision encoder's own" if known else _DEFAULT
         told = f", but resize {resize}, as data.resize says" if found.resize != own.resize else ""
-        return found, f"pixels: {described(found)}, the vision encoder's own{told}"
-    other = f"; the vision encoder's own ({described(own)}) are taken without data.transform" if found != own else ""
-    return found, f"pixels: {described(found)}, as data.transform says{other}"
+        return found, f"pixels: {described(found)}, {whose}{told}"
+    other = (
+        f"; the vision encoder's own ({described(own)}) are taken without data.transform"
+        if known and found != own
+        else ""
+    )
+    return found, f"pixels: {described(found)}, as data.transform says{other * (known and found != own)}"
 
 
 def of_one_size(transform: ImageTransform, reader: str) -> ImageTransform:

@@ -55,4 +55,4 @@ def use_transform(model: Any, data: Any) -> str | None:
         return None
     height, width = vision.image_size
     own = vision.transform or ImageTransform(height if height == width else (height, width))
-    return data.use_vision_transform(own, getattr(vision, "patch_size", 16))
+    return data.use_vision_transform(own, getattr(vision, "patch_size", 16), known=vision.transform is not None)

@@ -89,9 +89,8 @@ def test_pixels_are_the_towers_own_unless_told() -> None:
     vision = ViT(32, 8, 20, 1, 4)
     model = SimpleNamespace(captioner=SimpleNamespace(vision=vision))
     used = data()
-    assert use_transform(model, used) == (
-        "pixels: 32 x 32 px, squash, bicubic, mean 0.5 0.5 0.5, the vision encoder's own"
-    )
+    default = "the default; the vision encoder (the folder that it is loaded from) does not say"
+    assert use_transform(model, used) == f"pixels: 32 x 32 px, squash, bicubic, mean 0.5 0.5 0.5, {default}"
     assert used.transform == ImageTransform(32)
     vision.transform = ImageTransform(32, "crop", (0.1, 0.2, 0.3), crop_fraction=0.9, interpolation="bilinear")
     line = use_transform(model, used)
@@ -197,7 +196,7 @@ def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = [*base, *tower, f"--data.source={pictures}", f"--trainer.default_root_dir={run}"]
     words += ["--data.cache_features=null", "--data.resize=native", "--data.loader.max_patches_per_batch=50"]
     out = fitted(words, capsys)
-    assert "pixels: native size, at most 16 patches of 8 px, bicubic, mean 0.5 0.5 0.5, the vision encoder's own" in out
+    assert "pixels: native size, at most 16 patches of 8 px, bicubic, mean 0.5 0.5 0.5, the default; the vision" in out
     saved = json.loads((run / "model" / "preprocessor.json").read_text())
     assert saved["native"] == {"patch_size": 8, "max_num_patches": 16, "enlarge": True}
     encoder = ImageTextEmbedder.from_pretrained(run / "model", device="cpu")

@@ -12,7 +12,16 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
-from mmtransformer import ImageTransform, NativeSize, PackedImages, ViT, packed_forward
+from mmtransformer import (
+    ConcatViT,
+    ImageTransform,
+    NativeSize,
+    PackedImages,
+    TextDecoder,
+    VisionEncoderDecoder,
+    ViT,
+    packed_forward,
+)
 from mmtransformer.weights import from_timm, load_vit, save_clip, save_dino, save_siglip2, save_timm, save_vit
 
 SIZES: dict[str, Any] = {"depth": 1, "embed_dim": 20, "num_heads": 5, "mlp_ratio": 1.0}
@@ -49,6 +58,35 @@ def test_a_timm_towers_pixels_are_timms(name: str, says: ImageTransform | None) 
     assert says in (None, transform)
     theirs: Any = create_transform(**resolve_data_config({}, model=model))
     torch.testing.assert_close(transform(picture()), theirs(picture()), atol=2e-6, rtol=2e-6)
+
+
+class Inverted(ImageTransform):
+    """With code of its own."""
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return -super().__call__(image)
+
+
+def test_a_saved_tower_keeps_it_alone_and_in_a_captioner(tmp_path: Path) -> None:
+    vit = ViT(32, 8, 20, 1, 4)
+    decoder = TextDecoder(13, 12, 1, 3, max_len=8, context_dim=20)
+    for transform in (ImageTransform(32, "crop", (0.1, 0.2, 0.3), crop_fraction=0.9, backend="timm"),
+                      ImageTransform(resize="native", native=NativeSize(8, 12)), None):  # fmt: skip
+        vit.transform = transform
+        vit.save_pretrained(tmp_path / "vit")
+        ConcatViT(vit).save_pretrained(tmp_path / "joined")
+        VisionEncoderDecoder(vit, decoder).save_pretrained(tmp_path / "captioner")
+        found = [ViT.from_pretrained(tmp_path / "vit").transform, load_vit(tmp_path / "vit").transform]
+        found += [ConcatViT.from_pretrained(tmp_path / "joined").transform, load_vit(tmp_path / "captioner").transform]
+        assert found == [transform] * 4
+    vit.transform = Inverted(32)
+    with pytest.raises(
+        ValueError, match=r"ViT\) cannot be saved: its transform is no plain ImageTransform, and its own code"
+    ):
+        vit.save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    with pytest.raises(TypeError, match="transform must be of ImageTransform"):
+        ViT(32, 8, 20, 1, 4, transform=str)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_timm_folder_says_and_keeps_it(tmp_path: Path) -> None:
