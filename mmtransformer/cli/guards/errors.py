@@ -158,8 +158,6 @@ def explain(message: str, keys: Iterable[str]) -> str:
     lines = [line for line in lines if not line.startswith("Expected a path but")] or lines  # a class was meant
     if absent := re.search(r"No module named '([\w.]+)'", message):
         lines.append(f"no {absent[1].partition('.')[0]}.py in this folder, on PYTHONPATH, or installed")
-    if "NoneType" in message and re.search(r"Given value: None\s*$", message):
-        lines.append("for none at all write null")
     reason = "; ".join(lines) or message.strip().splitlines()[-1]
     return f"{'.'.join(trail)}: {reason}" if trail else reason
 
