@@ -20,7 +20,7 @@ from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import FeatureCache, FeatureCacheConfig
 from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
-from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
+from mmtransformer.data.loading.pixels import Resize, check_transform, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, image_readers, size_of
 from mmtransformer.data.loading.split_cache import once_a_split
@@ -101,6 +101,7 @@ class CaptionData(DataModule):
         if transform is not None and resize is not None:
             raise ValueError(f"data.resize ({resize}) would have no effect beside data.transform: say transform.resize")
         self.transform = transform or fitted(ImageTransform(), resize)
+        check_transform(self.transform)
         self.augment, self._own_transform = augment, transform
         self._resize: Resize | None = resize
         self.captions_per_image, self.cache_features = captions_per_image, cache_features

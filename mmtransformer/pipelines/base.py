@@ -18,6 +18,7 @@ from mmtransformer.layers.config import check_configs
 from mmtransformer.layers.kernels import bfloat16_hardware
 from mmtransformer.layers.weight_prepacking import Precision, PrepackedLinear, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
+from mmtransformer.serialization.model_kinds import import_path, imported_class, not_imported
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import counted, fenced, json_text, markup
 from mmtransformer.serialization.untrusted import settings_of
@@ -277,6 +278,25 @@ def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
     return settings_of(GenerationConfig, read_json(path), str(path)) if path.exists() else default
 
 
+def transform_settings(transform: ImageTransform) -> dict[str, Any]:
+    """What `read_transform` reads: a transform's settings, and of a class of one's own its import path.
+
+    Raises:
+        ValueError: if it could not be made again.
+    """
+    values, kind = transform.to_dict(), type(transform)
+    if kind is ImageTransform:
+        return values
+    what = f"the transform ({import_path(kind)}) cannot be saved"
+    if imported_class(import_path(kind), ImageTransform) is not kind:
+        raise ValueError(f"{what}: it is not found under this name again; let the class stand at the top of a module")
+    try:
+        settings_of(kind, json.loads(json.dumps(values)), what)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return {"class": import_path(kind), **values}
+
+
 def read_transform(path: Path, model_size: tuple[int, int] | None = None) -> ImageTransform:
     """How a saved model's pictures become pixels.
 
@@ -288,7 +308,10 @@ def read_transform(path: Path, model_size: tuple[int, int] | None = None) -> Ima
     Raises:
         ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
     """
-    transform = settings_of(ImageTransform, ImageTransform.of_saved(read_json(path)), str(path))
+    values, kind = ImageTransform.of_saved(read_json(path)), ImageTransform
+    if (name := values.pop("class", None)) is not None and (kind := imported_class(name, ImageTransform)) is None:
+        raise not_imported(name, str(path))
+    transform = settings_of(kind, values, str(path))
     if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
         raise ValueError(
             f"{path}: image_size is {transform.image_size}: {pixels:,} pixels are more than {_MOST_PIXELS:,}"

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.images import ImageError, ImageTransform, load
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
@@ -21,6 +22,7 @@ from mmtransformer.pipelines.base import (
     pick_device,
     read_transform,
     refuse_public,
+    transform_settings,
     write_card,
     write_json,
 )
@@ -53,6 +55,7 @@ class ImageClassifier(Pipeline[ViT]):
     ) -> None:
         if model.num_classes != len(classes):
             raise ValueError(f"the model tells {model.num_classes} classes apart, but there are {len(classes)} names")
+        check_transform(transform)
         self.device = pick_device(device)
         self.model, self.classes, self.transform = model.to(self.device).eval(), tuple(classes), transform
 
@@ -124,9 +127,10 @@ class ImageClassifier(Pipeline[ViT]):
             card: Text for the model card, below its heading: how it was trained, its scores.
         """
         folder = Path(folder)
+        pixels = transform_settings(self.transform)
         self.model.save_pretrained(folder)
         write_json(folder / CLASSES, {"classes": list(self.classes)})
-        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / PREPROCESSOR, pixels)
         write_card(
             folder,
             self.model,

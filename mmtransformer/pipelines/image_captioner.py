@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.base import Captioner
+from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.generation.captions import (
     CAPTIONING,
     CaptionResult,
@@ -38,6 +39,7 @@ from mmtransformer.pipelines.base import (
     read_transform,
     resolve_precision,
     settings_for,
+    transform_settings,
     write_card,
     write_json,
 )
@@ -82,6 +84,7 @@ class ImageCaptioner(Pipeline[Captioner]):
         processor: Processor | None = None,
     ) -> None:
         check_vocabulary(tokenizer, model.vocab_size)
+        check_transform(transform)
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.tokenizer, self.transform, self.processor = tokenizer, transform, processor
@@ -182,9 +185,10 @@ class ImageCaptioner(Pipeline[Captioner]):
             else:
                 save_captioner(self.model, base, folder, note=card or "", options=options)
             return
+        pixels = transform_settings(self.transform)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / PREPROCESSOR, pixels)
         write_json(folder / GENERATION, dataclasses.asdict(self.generation))
         known, kind = self.tokenizer.languages, type(self.model).__name__
         write_card(

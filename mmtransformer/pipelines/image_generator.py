@@ -30,6 +30,7 @@ from mmtransformer.pipelines.base import (
     refuse_public,
     settings_for,
     texts_of,
+    transform_settings,
     write_card,
     write_json,
 )
@@ -255,9 +256,10 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             example: A text like those that it has learnt, which the card shows how to draw.
         """
         folder = Path(folder)
+        pixels = transform_settings(self.transform)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / PREPROCESSOR, pixels)
         write_json(folder / GENERATION, asdict(self.generation))
         height, width = self.transform.size
         write_card(

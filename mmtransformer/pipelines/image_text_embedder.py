@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.batch.images import pad_images
+from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.linear import upcast_products
@@ -29,6 +30,7 @@ from mmtransformer.pipelines.base import (
     pick_device,
     read_transform,
     texts_of,
+    transform_settings,
     write_card,
     write_json,
 )
@@ -70,6 +72,7 @@ class ImageTextEmbedder(Pipeline[CLIP]):
         self, model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, *, device: torch.device | str | None = None
     ) -> None:
         check_vocabulary(tokenizer, model.vocab_size)
+        check_transform(transform)
         self.device = pick_device(device)
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
         self._said_cut = False
@@ -243,9 +246,10 @@ class ImageTextEmbedder(Pipeline[CLIP]):
             card: Text for the model card, below its heading: how it was trained, its scores.
         """
         folder = Path(folder)
+        pixels = transform_settings(self.transform)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / PREPROCESSOR, pixels)
         write_card(
             folder,
             self.model,

@@ -29,6 +29,7 @@ from mmtransformer import (
     ViT,
     stream,
 )
+from mmtransformer.data import CaptionData, ClassData, Scenes
 from mmtransformer.generation.captions import with_prompts
 from mmtransformer.layers import weight_prepacking
 
@@ -265,3 +266,41 @@ def test_paths_come_in_any_collection(tmp_path: Path) -> None:
     assert model(np.array([str(tmp_path / "a.png")])) == [wanted]  # pyright: ignore
     with (tmp_path / "a.png").open("rb") as file:
         assert model(file) == [wanted]
+
+
+class Inverted(ImageTransform):
+    """With code of its own."""
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return -super().__call__(image)
+
+
+def test_a_transform_of_a_users_own_class_is_saved_by_its_import_path(tmp_path: Path) -> None:
+    plain = captioner()
+    own = ImageCaptioner(plain.model, plain.tokenizer, Inverted(plain.transform.image_size), device="cpu")
+    own.save_pretrained(tmp_path / "own")
+    again = ImageCaptioner.from_pretrained(tmp_path / "own", device="cpu")
+    assert (type(again.transform), again.transform) == (Inverted, own.transform)
+    settings = tmp_path / "own" / "preprocessor.json"
+    settings.write_text(settings.read_text().replace("Inverted", "Gone"))
+    with pytest.raises(ValueError, match=r"preprocessor.json: .*Gone is a class of your own"):
+        ImageCaptioner.from_pretrained(tmp_path / "own", device="cpu")
+
+    class Local(ImageTransform):
+        pass
+
+    local = ImageCaptioner(plain.model, plain.tokenizer, Local(plain.transform.image_size), device="cpu")
+    with pytest.raises(ValueError, match=r"the transform \(.*Local\) cannot be saved: .*at the top of a module"):
+        local.save_pretrained(tmp_path / "local")
+    assert not (tmp_path / "local").exists()
+
+
+def test_a_transform_of_another_kind_is_refused_at_once() -> None:
+    plain, other = captioner(), lambda image: image
+    for make in (
+        lambda: ImageCaptioner(plain.model, plain.tokenizer, other, device="cpu"),  # pyright: ignore[reportArgumentType]
+        lambda: CaptionData(Scenes(32, train_size=2, val_size=2), transform=other),  # pyright: ignore[reportArgumentType]
+        lambda: ClassData("pictures", transform=other),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(TypeError, match=r"must be an ImageTransform, not function: derive .* class Mine\(ImageTr"):
+            make()

@@ -56,7 +56,20 @@ def of_tower(
         if known and found != own
         else ""
     )
-    return found, f"pixels: {described(found)}, as data.transform says{other * (known and found != own)}"
+    return found, f"pixels: {described(found)}, as data.transform says{other}"
+
+
+def check_transform(transform: object) -> None:
+    """Refuses what makes pixels in another way than by an `ImageTransform`: its size and settings are read and saved.
+
+    Raises:
+        TypeError: naming it, and how a class of one's own is made.
+    """
+    if not isinstance(transform, ImageTransform):
+        raise TypeError(
+            f"transform must be an ImageTransform, not {type(transform).__name__}: derive a class of your own from it, "
+            f"as class Mine(ImageTransform), whose __call__(self, image) returns the pixels, (3 h w) of its image_size"
+        )
 
 
 def of_one_size(transform: ImageTransform, reader: str) -> ImageTransform:
@@ -65,6 +78,7 @@ def of_one_size(transform: ImageTransform, reader: str) -> ImageTransform:
     Raises:
         ValueError: if pictures keep sizes of their own.
     """
+    check_transform(transform)
     if transform.patch_size is not None:
         raise ValueError(f'{reader} pictures of one size: set resize to "squash", "crop" or "letterbox", not "native"')
     return transform
