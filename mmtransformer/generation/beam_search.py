@@ -105,15 +105,23 @@ class BeamSearch:
         config: how to search.
         eos_ids: the ids that end a text.
         groups: empty beams of equal size.
+        num_tokens: see `generate`.
     """
 
-    def __init__(self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, groups: Sequence[Beams]) -> None:
+    def __init__(
+        self,
+        batch: TokenBatch,
+        config: GenerationConfig,
+        eos_ids: Tensor,
+        groups: Sequence[Beams],
+        num_tokens: int | None = None,
+    ) -> None:
         n, self.prompt_length = batch.tokens.shape
         self.config, self.eos_ids, self.groups, self.expand_size = config, eos_ids, groups, config.num_beams
         room = (0, config.max_new_tokens)
         self.ids = F.pad(batch.tokens.repeat_interleave(config.num_beams, 0), room)
         self.real = F.pad(batch.attention_mask.repeat_interleave(config.num_beams, 0), room, value=True)
-        self.processors = logits_processors(config, eos_ids, self.prompt_length)
+        self.processors = logits_processors(config, eos_ids, self.prompt_length, num_tokens)
         self.first_row = torch.arange(n, device=eos_ids.device)[:, None] * config.num_beams
 
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:

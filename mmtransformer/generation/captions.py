@@ -137,6 +137,7 @@ def write_captions(
         eos_id=tokenizer.eos_ids,
         force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size) if c.force_words else (),
         row_seeds=checksums(batch, given) if c.do_sample else None,
+        num_tokens=tokenizer.vocab_size,
     )
     found: list[list[CaptionResult]] = []
     keep = prompt_builder is not None and prompt_builder.keeps_prompt
@@ -147,17 +148,14 @@ def write_captions(
     for row, opening, language in zip(rows, openings, itertools.cycle(languages), strict=False):
         found.append([])
         for said in sorted(row, key=lambda said: -said.log_prob) if c.do_sample else row:  # beams are in their order
-            # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
-            known = [k for k, token in enumerate(said.tokens) if token < tokenizer.vocab_size]
-            tokens = [said.tokens[k] for k in known]
             found[-1].append(
                 CaptionResult(
-                    text=tokenizer.decode([*opening, *tokens]).strip(" "),
+                    text=tokenizer.decode([*opening, *said.tokens]).strip(" "),
                     language=language,
-                    tokens=tokens,
+                    tokens=said.tokens,
                     log_prob=said.log_prob,
-                    token_log_probs=[said.token_log_probs[k] for k in known],
-                    words=tokenizer.words(tokens),
+                    token_log_probs=said.token_log_probs,
+                    words=tokenizer.words(said.tokens),
                     finished=said.finished,
                 )
             )
@@ -192,11 +190,12 @@ def stream_caption(
     given, batch = batch, with_prompts(batch, tokenizer, [language], prompt_builder, mark=generation.add_image_tokens)
     c = settings.limited(captioner.max_len - batch.tokens.shape[1])
     row_seeds = checksums(batch, given) if c.do_sample else None
-    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, row_seeds=row_seeds)
+    size = tokenizer.vocab_size
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, row_seeds=row_seeds, num_tokens=size)
     ids: list[int] = []
     text, shown = "", 0
     for (token,) in tokens:
-        ids += [token] if token is not None and token < tokenizer.vocab_size else []
+        ids += [] if token is None else [token]
         text = tokenizer.decode(ids).lstrip(" ")
         sure = len(text) - tokenizer.decomposes  # The next letter may join the last syllable.
         if sure > shown:

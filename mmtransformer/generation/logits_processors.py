@@ -17,13 +17,16 @@ LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 BANNED = float("-inf")
 
 
-def logits_processors(config: GenerationConfig, eos_ids: Tensor, prompt_length: int) -> list[LogitsProcessor]:
+def logits_processors(
+    config: GenerationConfig, eos_ids: Tensor, prompt_length: int, num_tokens: int | None = None
+) -> list[LogitsProcessor]:
     """Those that a search's settings ask for, in the order in which they act.
 
     Args:
         config: the settings.
         eos_ids: the ids that end a text.
         prompt_length: tokens of the (padded) prompts.
+        num_tokens: see `generate`.
     """
     found: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
@@ -32,7 +35,16 @@ def logits_processors(config: GenerationConfig, eos_ids: Tensor, prompt_length: 
         found.append(partial(min_length, least=prompt_length + config.min_new_tokens, eos_ids=eos_ids))
     if config.no_repeat_ngram_size:
         found.append(partial(no_repeat_ngram, size=config.no_repeat_ngram_size, eos_ids=eos_ids))
+    if num_tokens is not None:
+        found.insert(0, partial(known_tokens, num_tokens=num_tokens))
     return found
+
+
+def known_tokens(scores: Tensor, ids: Tensor, real: Tensor, *, num_tokens: int) -> Tensor:
+    """Bans the ids from `num_tokens` on."""
+    scores = scores.clone()
+    scores[:, num_tokens:] = BANNED
+    return scores
 
 
 def repetition_penalty(scores: Tensor, ids: Tensor, real: Tensor, *, penalty: float) -> Tensor:

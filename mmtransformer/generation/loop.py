@@ -31,6 +31,7 @@ def generate(
     eos_id: int | Sequence[int],
     force_words_ids: ForcedWords | Sequence[Word] = (),
     row_seeds: Sequence[int] | None = None,
+    num_tokens: int | None = None,
     **changes: Any,
 ) -> list[list[GenerationResult]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
@@ -45,6 +46,8 @@ def generate(
         force_words_ids: words that must come, each as the ways to spell it in tokens; needs beams.
         row_seeds: a number for each row that its noise comes from, besides `seed` and the number of the sample, where
             tokens are drawn; a checksum of its pictures (or source text) and its prompt unless told.
+        num_tokens: ids that the tokenizer has, where the model scores more of them (a padded vocabulary): the others
+            are never written. None = all are.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
     Returns:
@@ -55,20 +58,21 @@ def generate(
     """
     c = GenerationConfig() if config is None else config
     c = c.changed(**changes) if changes else c
+    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
     if not len(batch.tokens):
         return []
     search: Search
     if c.num_beams == 1:
-        search = Sampler(batch, c, eos_ids, row_seeds)
+        search = Sampler(batch, c, eos_ids, row_seeds, num_tokens)
     else:
         n, size = len(batch.tokens), c.num_beams // c.num_beam_groups
         if forced.words:
             groups: list[Beams] = [ConstrainedBeams(n, size, c, eos_ids, forced)]
         else:
             groups = [Beams(n, size, c, eos_ids) for _ in range(c.num_beam_groups)]
-        search = BeamSearch(batch, c, eos_ids, groups)
+        search = BeamSearch(batch, c, eos_ids, groups, num_tokens)
     for _ in decode_loop(model, batch, c, search):
         pass
     return search.texts()
@@ -82,6 +86,7 @@ def stream(
     *,
     eos_id: int | Sequence[int],
     row_seeds: Sequence[int] | None = None,
+    num_tokens: int | None = None,
     **changes: Any,
 ) -> Iterator[list[int | None]]:
     """Yields tokens while they are written: what `generate` would give with the same arguments, a step at a time.
@@ -92,6 +97,7 @@ def stream(
         config: how to search, without beams; greedily unless told.
         eos_id: the id that ends a text, or several.
         row_seeds: see `generate`.
+        num_tokens: see `generate`.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
     Yields:
@@ -102,6 +108,7 @@ def stream(
     """
     c = GenerationConfig() if config is None else config
     c = c.changed(**changes) if changes else c
+    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     ends = check(c, model, batch, eos_id)
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(
@@ -109,7 +116,7 @@ def stream(
             f"{c.num_return_sequences}"
         )
     eos_ids = torch.tensor(ends, device=batch.tokens.device)
-    search = Sampler(batch, c, eos_ids, row_seeds)
+    search = Sampler(batch, c, eos_ids, row_seeds, num_tokens)
     for tokens in decode_loop(model, batch, c, search):
         yield [None if end else token for end, token in zip(search.done.tolist(), tokens.tolist(), strict=True)]
         if search.done.all():

@@ -26,17 +26,23 @@ class Sampler:
         config: how to search.
         eos_ids: the ids that end a text.
         row_seeds: for each row what its noise comes from, besides the seed; see `checksums`.
+        num_tokens: see `generate`.
     """
 
     def __init__(
-        self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, row_seeds: Sequence[int] | None = None
+        self,
+        batch: TokenBatch,
+        config: GenerationConfig,
+        eos_ids: Tensor,
+        row_seeds: Sequence[int] | None = None,
+        num_tokens: int | None = None,
     ) -> None:
         self.config, self.eos_ids = config, eos_ids
         self.expand_size, self.prompt_length = config.num_return_sequences, batch.tokens.shape[1]
         room = (0, config.max_new_tokens)
         self.ids = F.pad(batch.tokens.repeat_interleave(self.expand_size, 0), room)
         self.real = F.pad(batch.attention_mask.repeat_interleave(self.expand_size, 0), room, value=True)
-        self.processors = logits_processors(config, eos_ids, self.prompt_length)
+        self.processors = logits_processors(config, eos_ids, self.prompt_length, num_tokens)
         self.done = torch.zeros(len(self.ids), dtype=torch.bool, device=eos_ids.device)
         self.log_probs: list[Tensor] = []
         if config.do_sample:

@@ -83,13 +83,13 @@ class Translator(Pipeline[Transformer]):
         order = sorted(range(len(texts)), key=lambda i: len(sources[i]))
         found = [""] * len(texts)
         generation = self.generation.updated(**changes).limited(self.model.max_len - len(prompt))
+        ends, size = self.tokenizer.eos_ids, self.tokenizer.vocab_size
         for chosen in in_batches(order, batch_size):
             batch = self._batch([sources[i] for i in chosen], prompt)
             with fast_autocast(self.device):
-                rows = generate(self.model, batch, generation, eos_id=self.tokenizer.eos_ids)
+                rows = generate(self.model, batch, generation, eos_id=ends, num_tokens=size)
             for i, (best, *_) in zip(chosen, rows, strict=True):
-                # A model may score more ids than its tokenizer has; those say nothing.
-                found[i] = self.tokenizer.decode([t for t in best.tokens if t < self.tokenizer.vocab_size])
+                found[i] = self.tokenizer.decode(best.tokens)
         return found
 
     def _batch(self, sources: list[list[int]], prompt: list[int]) -> Seq2SeqBatch:

@@ -126,6 +126,23 @@ def test_a_streamed_caption_takes_single_settings_too() -> None:
             call(image, generation_config=GenerationConfig())
 
 
+def test_ids_that_the_tokenizer_lacks_are_never_written() -> None:
+    torch.manual_seed(3)
+    words = tokenizer()
+    decoder = TextDecoder(words.vocab_size + 22, 20, 2, 4, max_len=40, context_dim=20)
+    with torch.no_grad():
+        decoder.lm_head.weight[words.vocab_size :] *= 9  # the likeliest
+    padded = ImageCaptioner(
+        VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), decoder), words, ImageTransform(16), device="cpu"
+    )
+    for options in ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}):
+        (said,) = padded(images()[0], max_new_tokens=8, min_new_tokens=8, **options)[0]
+        assert len(said.tokens) == len(said.token_log_probs) == 8
+        assert said.log_prob == pytest.approx(sum(said.token_log_probs), abs=1e-4)
+    drawn: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "min_new_tokens": 8}
+    assert "".join(padded.stream_text(images()[0], **drawn)) == padded(images()[0], **drawn)[0][0].text != ""
+
+
 def test_more_tokens_than_the_model_reads_are_refused_where_they_are_asked_for() -> None:
     model, image = captioner(), images()[0]
     model.generation = GenerationConfig(max_new_tokens=60, min_new_tokens=50)

@@ -196,9 +196,9 @@ def write_texts(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        num_tokens=tokenizer.vocab_size,
     )
-    # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
-    return [tokenizer.decode([t for t in text.tokens if t < tokenizer.vocab_size]) for text in written]
+    return [tokenizer.decode(text.tokens) for text in written]
 
 
 def novelty(written: Sequence[str], known: Sequence[Caption]) -> dict[str, float]:
