@@ -53,6 +53,17 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
     assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.* is deprecated")
+def test_a_prepacked_model_is_traced_with_its_plain_weights(int8: bool):
+    model, plain = prepack_weights(vit(), int8=int8), vit()
+    with torch.inference_mode():
+        model(PIXELS)  # which prepacks
+    with torch.no_grad():
+        traced = torch.jit.trace(model, PIXELS, check_trace=False)
+        assert torch.allclose(traced(PIXELS), plain(PIXELS), atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_an_activation_is_computed_with_its_product(activation: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weight_prepacking, "_rows", lambda: weight_prepacking._ANY)
