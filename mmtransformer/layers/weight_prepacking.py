@@ -96,7 +96,7 @@ def prepacked_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # which has no place for prepacked weights
+        or torch.jit.is_tracing()  # no place for prepacked weights  # pyright: ignore[reportPrivateImportUsage]
         or torch.is_autocast_enabled("cpu")
         or not x.is_cpu
         or not x.numel()
