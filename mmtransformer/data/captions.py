@@ -20,13 +20,14 @@ from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import FeatureCache, FeatureCacheConfig
 from mmtransformer.data.loading.fingerprints import Parts
 from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
-from mmtransformer.data.loading.pixels import Resize, check_transform, fitted, of_tower
+from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, image_readers, size_of
 from mmtransformer.data.loading.split_cache import once_a_split
 from mmtransformer.data.open_sources import open_pairs
 from mmtransformer.data.pairs import PairSplit
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.images.transforms import check_transform
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, ProcessorPromptBuilder

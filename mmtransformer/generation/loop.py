@@ -58,9 +58,9 @@ def generate(
     """
     c = GenerationConfig() if config is None else config
     c = c.changed(**changes) if changes else c
-    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
+    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     if not len(batch.tokens):
         return []
     search: Search
@@ -108,8 +108,8 @@ def stream(
     """
     c = GenerationConfig() if config is None else config
     c = c.changed(**changes) if changes else c
-    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     ends = check(c, model, batch, eos_id)
+    num_tokens = None if num_tokens == model.vocab_size else num_tokens
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "

@@ -294,3 +294,16 @@ class Augment:
         left, top = round(x * (image.width - width)), round(y * (image.height - height))
         box = (left, top, left + width, top + height)
         return image.resize((width, height), Image.Resampling.NEAREST, box=box)  # crop() warns if large
+
+
+def check_transform(transform: object) -> None:
+    """Refuses what makes pixels in another way than by an `ImageTransform`: its size and settings are read and saved.
+
+    Raises:
+        TypeError: naming it, and how a class of one's own is made.
+    """
+    if not isinstance(transform, ImageTransform):
+        raise TypeError(
+            f"transform must be an ImageTransform, not {type(transform).__name__}: derive a class of your own from it, "
+            f"as class Mine(ImageTransform), whose __call__(self, image) returns the pixels, (3 h w) of its image_size"
+        )

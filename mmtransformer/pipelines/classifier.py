@@ -9,8 +9,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.images import ImageError, ImageTransform, load
+from mmtransformer.images.transforms import check_transform
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmtransformer.batch import CaptionBatch
 from mmtransformer.captioners.base import Captioner
-from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.generation.captions import (
     CAPTIONING,
     CaptionResult,
@@ -23,6 +22,7 @@ from mmtransformer.generation.captions import (
 )
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform, load
+from mmtransformer.images.transforms import check_transform
 from mmtransformer.layers.weight_prepacking import Precision, for_inference
 from mmtransformer.pipelines.base import (
     GENERATION,

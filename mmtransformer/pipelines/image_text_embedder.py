@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.batch.images import pad_images
-from mmtransformer.data.loading.pixels import check_transform
 from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.images.transforms import check_transform
 from mmtransformer.layers.linear import upcast_products
 from mmtransformer.layers.weight_prepacking import for_inference
 from mmtransformer.pipelines.base import (

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mmtransformer.images import ImageTransform, NativeSize
+from mmtransformer.images.transforms import check_transform
 
 Resize = Literal["squash", "crop", "letterbox", "native"]
 
@@ -57,19 +58,6 @@ def of_tower(
         else ""
     )
     return found, f"pixels: {described(found)}, as data.transform says{other}"
-
-
-def check_transform(transform: object) -> None:
-    """Refuses what makes pixels in another way than by an `ImageTransform`: its size and settings are read and saved.
-
-    Raises:
-        TypeError: naming it, and how a class of one's own is made.
-    """
-    if not isinstance(transform, ImageTransform):
-        raise TypeError(
-            f"transform must be an ImageTransform, not {type(transform).__name__}: derive a class of your own from it, "
-            f"as class Mine(ImageTransform), whose __call__(self, image) returns the pixels, (3 h w) of its image_size"
-        )
 
 
 def of_one_size(transform: ImageTransform, reader: str) -> ImageTransform:

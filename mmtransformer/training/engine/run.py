@@ -141,12 +141,12 @@ class Run:
         """The folder's name, for the top of a picture."""
         return self.folder.resolve().name.replace("_", " ")
 
-    @property
-    def unread(self) -> list[str]:
-        """A line for each split in which the run met pictures that could not be read."""
+    def unread(self, unit: str = "picture") -> list[str]:
+        """A line for each split in which the run met pictures that could not be read; `unit` is what it counts."""
+        of = "" if unit == "picture" else "the pictures of "
         counts = {path: len(path.read_bytes().splitlines()) for path in sorted(self.folder.glob("bad_images_*.jsonl"))}
         return [
-            f"{counted(n, 'picture')} could not be read; they are named in {path}" for path, n in counts.items() if n
+            f"{of}{counted(n, unit)} could not be read; they are named in {path}" for path, n in counts.items() if n
         ]
 
 

@@ -373,7 +373,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         took = f"trained {counted(self.trainer.global_step, 'step')} in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}
         where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]
-        say("\n".join([took, "", table, *run.unread, "", *shown, *([""] if shown else []), *where]))
+        say("\n".join([took, "", table, *run.unread(), "", *shown, *([""] if shown else []), *where]))
 
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""

@@ -190,7 +190,7 @@ def test_what_is_wrong_is_counted_in_pictures_by_check_and_in_questions_where_th
     code, _, err = mmt(capsys, "fit", *words)
     assert (code, "the pictures of 2 of 18 questions can't be read so far" in err) == (2, True), err
     code, out, err = mmt(capsys, "fit", *words, "--data.loader.max_bad_fraction=0.5")
-    assert (code, "2 questions could not be used; they are named in" in out) == (0, True), err
+    assert (code, "the pictures of 2 questions could not be read; they are named in" in out) == (0, True), err
     args = ["--data", str(root), "--split", "val", "--device", "cpu"]
     code, _, err = mmt(capsys, "evaluate", "--model", str(tmp_path / "run/model"), *args)
     assert (code, "2 of 6 questions could not be used" in err) == (1, True), err
