@@ -220,7 +220,7 @@ class CaptionData(DataModule):
 
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
-        unit = "question" if self.rows(split).asked else self.unit
+        unit = "question" if self.processor is not None and self.rows(split).asked else self.unit
         return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad_fraction, unit)
 
     def bad_sample_readers(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:

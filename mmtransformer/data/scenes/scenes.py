@@ -65,7 +65,8 @@ class SceneSplit:
         scene = self.world.sample(self._chance(i - number, "scene"), held_out=self.split_name == "compositional")
         if number == 0:
             return scene
-        others = self.world.hard_negatives(scene, self._chance(i - number, "siblings"), self.group_size - 1)
+        rng = self._chance(i - number, "siblings")  # The word is a part of the seed: another one draws other scenes.
+        others = self.world.hard_negatives(scene, rng, self.group_size - 1)
         return others[number - 1] if number <= len(others) else scene
 
     def image(self, i: int) -> Image.Image:

@@ -187,7 +187,7 @@ class Captioning(Task):
             model.adapter = adapter
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
-        unit = "question" if any(data.rows(split).asked for split in data.val_splits) else "picture"
+        unit = "question" if data.answers_questions else "picture"
         lines = ["", evaluation.table(), "", *run.unread(unit)]
         lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
